@@ -1,0 +1,80 @@
+"""Every error that is meant for a person.
+
+Problem                     something a person can put right; exit code 2
+├── InputError              a file, flag or value that cannot be used
+├── DataError               images or labels that cannot be read
+├── ModelRefused            a runtime or a technique will not take this model
+├── DelegateError           a delegate's library is missing, or it fell back or was wrong
+└── JobFailed               a child process failed, was killed or ran out of time or memory
+
+tfopt.errors adds its own branches to the same tree, so that one `except Problem` at the
+top of each command line is enough.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Problem(Exception):
+    """What failed, what was received, what is allowed and what to do next.
+
+    Only `what` is required; each other part becomes one sentence of the message.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, received: object = None, allowed: object = None, next_step: str | None = None):
+        self.what, self.received, self.allowed, self.next_step = what, received, allowed, next_step
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        parts = [_sentence(self.what)]
+        if self.received is not None:
+            parts.append(_sentence(f"Received: {self.received}"))
+        if self.allowed is not None:
+            parts.append(_sentence(f"Allowed: {self.allowed}"))
+        if self.next_step:
+            parts.append(_sentence(self.next_step))
+        return " ".join(parts)
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.received, self.allowed, self.next_step)
+
+
+class InputError(Problem):
+    """A file, flag or value that cannot be used."""
+
+
+class DataError(Problem):
+    """Images or labels that cannot be read or do not fit."""
+
+
+class ModelRefused(Problem):
+    """A runtime or a technique will not take this model."""
+
+
+class DelegateError(Problem):
+    """A delegate's library is missing, or it fell back or computed something else."""
+
+
+class JobFailed(Problem):
+    """A child process failed, was killed or ran out of time or memory."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, error: type[Problem] = InputError) -> Problem:
+    """The error for a name that does not exist: near misses first, then all that do."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else None
+    return error(f"There is no {kind} of that name", received=repr(name), allowed=", ".join(known), next_step=hint)
+
+
+def _sentence(text: str) -> str:
+    text = str(text).strip()
+    return text if text.endswith((".", "!", "?", ":")) else text + "."
+
+
+def _rebuild(cls, what, received, allowed, next_step):
+    return cls(what, received=received, allowed=allowed, next_step=next_step)

@@ -1,0 +1,173 @@
+"""Child processes: one protocol for everything that may crash, leak or must start fresh.
+
+The parent writes job.json and starts `python -m MODULE job.json`. The child prints one JSON object a
+line on its standard output, each with a `kind`: 'progress' and 'log' as often as it likes, then
+exactly one 'result' or 'error'. Artifacts are passed by path. Whatever a library prints goes to the
+log beside job.json, never into the protocol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mobile_bench.errors import JobFailed, Problem
+from mobile_bench.files import write_json
+
+OnProgress = Callable[[dict], None]
+_LOG_LINES = 8
+
+
+def run_job(
+    module: str, job: dict, folder: Path, *, on_progress: OnProgress | None = None, timeout_s: float | None = None,
+    memory_bytes: int | None = None, environment: dict[str, str] | None = None,
+) -> dict:  # fmt: skip
+    """Run `module` in a fresh process and return its result.
+
+    folder: where job.json and the log are put; it stays. timeout_s and memory_bytes (resident, Linux
+    only) end the child when passed. A Problem that the child raised is raised here again; a crash, a
+    signal or a limit becomes JobFailed with the last lines of the log. An interrupt here ends the child.
+    """
+    folder = Path(folder)
+    job_file, log_file = folder / "job.json", folder / "log.txt"
+    write_json(job_file, job)
+    with open(log_file, "wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, str(job_file)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+            env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
+            start_new_session=True,
+        )  # fmt: skip
+    guard = _Guard(child, timeout_s, memory_bytes)
+    final: dict | None = None
+    try:
+        for line in child.stdout:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # a line cut short by a crash; the exit status tells the rest
+            if message.get("kind") in ("result", "error"):
+                final = message
+            elif on_progress:
+                on_progress(message)
+        child.wait()
+    finally:
+        guard.stop()
+        _end(child)
+    if final and final["kind"] == "result" and child.returncode == 0:
+        return final["value"]
+    if final and final["kind"] == "error":
+        raise _rebuild(final)
+    raise JobFailed(
+        f"The child process {module} {guard.verdict or _exit_text(child.returncode)}",
+        received=_tail(log_file),
+        next_step=f"The whole log is {log_file}",
+    )
+
+
+def serve(main: Callable[[dict, Callable[..., None]], dict]) -> None:
+    """The child's side: `main(job, emit)` returns the result; emit(kind='progress', …) reports on the way."""
+    protocol = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what native libraries print to standard output belongs in the log
+
+    def emit(kind: str = "progress", **facts) -> None:
+        protocol.write(json.dumps({"kind": kind, **facts}, allow_nan=False) + "\n")
+        protocol.flush()
+
+    try:
+        job = json.loads(Path(sys.argv[1]).read_text())
+        emit("result", value=main(job, emit))
+    except Problem as problem:
+        fields = {name: _text(getattr(problem, name)) for name in ("what", "received", "allowed", "next_step")}
+        emit("error", type=type(problem).__name__, module=type(problem).__module__, **fields)
+        sys.exit(problem.exit_code)
+
+
+def _rebuild(message: dict) -> Problem:
+    try:
+        kind = getattr(importlib.import_module(message["module"]), message["type"])
+    except (ImportError, AttributeError):
+        kind = JobFailed
+    return kind(
+        message["what"], received=message["received"], allowed=message["allowed"], next_step=message["next_step"]
+    )
+
+
+class _Guard:
+    """Watches a child's time and memory from a thread; `verdict` says which limit it passed."""
+
+    def __init__(self, child: subprocess.Popen, timeout_s: float | None, memory_bytes: int | None):
+        self.verdict = ""
+        self._done = threading.Event()
+        self._child, self._timeout_s, self._memory_bytes = child, timeout_s, memory_bytes
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if timeout_s or memory_bytes:
+            self._thread.start()
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        while not self._done.wait(0.1):
+            if self._timeout_s and time.monotonic() - started > self._timeout_s:
+                self.verdict = f"took longer than its limit of {self._timeout_s:g} s"
+            elif self._memory_bytes and _resident_bytes(self._child.pid) > self._memory_bytes:
+                self.verdict = f"took more memory than its limit of {self._memory_bytes / 2**20:.0f} MiB"
+            if self.verdict:
+                _kill(self._child)
+                return
+
+    def stop(self) -> None:
+        self._done.set()
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _end(child: subprocess.Popen) -> None:
+    if child.poll() is None:
+        _kill(child)
+    child.stdout.close()
+    child.wait()
+
+
+def _kill(child: subprocess.Popen) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        try:
+            return f"was ended by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was ended by signal {-code}"
+    return f"ended with exit code {code} and no result"
+
+
+def _tail(log_file: Path) -> str:
+    lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-_LOG_LINES:]) or "no message"
+
+
+def _python_path() -> str:
+    """The child finds the same packages, whether installed or run from a checkout."""
+    here = str(Path(__file__).resolve().parents[1])
+    return os.pathsep.join([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

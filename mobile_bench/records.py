@@ -1,0 +1,298 @@
+"""The vocabulary: what a study says about a file, a step, a target and a measurement.
+
+Frozen dataclasses that refuse impossible values. Statistics and comparisons are derived, never
+stored. Every JSON file made of them carries `schema_version`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobile_bench.errors import InputError, unknown_name
+from mobile_bench.inputs import InputSpec
+
+SCHEMA_VERSION = 1
+
+#: Why a step left a layer alone. A fixed set, so that reports can be counted and compared.
+SKIP_REASONS = (
+    "not a kernel layer",
+    "excluded by the recipe",
+    "too small to gain",
+    "first or last layer",
+    "not supported by the technique",
+    "no gain at this rank",
+    "shape does not allow it",
+)
+STATUSES = ("ok", "refused", "failed")
+KINDS = ("latency", "sweep", "stream", "sustained")
+ACCELERATORS = ("cpu", "gpu", "edgetpu", "nnapi", "external")
+TRANSPORTS = ("local", "ssh", "adb")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One layer that a step left alone; `reason` is one of SKIP_REASONS, `detail` explains it."""
+
+    layer: str
+    reason: str
+    detail: str = ""
+
+    def __post_init__(self):
+        _one_of("skip reason", self.reason, SKIP_REASONS)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step of a recipe did to a model.
+
+    settings: the technique's hyper-parameters as given. training: a TrainReport as a dict, or None
+    where nothing was trained. properties: measured facts such as {'sparsity': 0.5}. Accuracies
+    inside `training` are fractions on the validation split.
+    """
+
+    technique: str
+    settings: dict
+    touched: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+    seconds: float
+    training: dict | None = None
+    properties: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        skips = tuple(s if isinstance(s, Skip) else Skip(**s) for s in self.skipped)
+        object.__setattr__(self, "skipped", skips)
+        for name in ("touched", "notes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a .tflite: shape, dtype name, and quantization (scale 0: none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float = 0.0
+    zero_point: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One exported file and how it came to be; stored as variant.json beside it.
+
+    name: '{recipe}-{scheme}'. status 'failed' has a reason and no file (sha256 '' and sizes 0).
+    parameters and macs are those of the Keras model that was converted; top-1 and agreement are
+    in quality/*.json, measured times in bench/*.json.
+    """
+
+    name: str
+    model: str
+    recipe: str
+    scheme: str
+    status: str = "ok"
+    reason: str = ""
+    sha256: str = ""
+    size_bytes: int = 0
+    gzip_bytes: int = 0
+    parameters: int = 0
+    macs: int = 0
+    spec: InputSpec | None = None
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    steps: tuple[StepReport, ...] = ()
+    properties: dict = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    tools: dict = field(default_factory=dict)
+    seed: int = 0
+    created_at: str = ""
+    cache_key: str = ""
+
+    def __post_init__(self):
+        _one_of("variant status", self.status, STATUSES)
+        if self.status != "ok" and not self.reason:
+            raise InputError("A variant that failed has no reason", received=self.name)
+        if isinstance(self.spec, dict):
+            object.__setattr__(self, "spec", InputSpec.from_dict(self.spec))
+        for name, kind in (("inputs", Tensor), ("outputs", Tensor), ("steps", StepReport)):
+            values = tuple(v if isinstance(v, kind) else kind(**v) for v in getattr(self, name))
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "warnings", tuple(self.warnings))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a .tflite answers on one split; stored as quality/{data}-{split}.json.
+
+    correct of `images` were right (top1 = correct / images). agreement: fraction of images on which
+    the file and its own Keras model name the same class; baseline_agreement: the same against the
+    model the study started from. Either is None where that model was not at hand.
+    """
+
+    data: str
+    split: str
+    fingerprint: str
+    images: int
+    correct: int
+    agreement: float | None = None
+    baseline_agreement: float | None = None
+    keras_top1: float | None = None
+    runtime: str = ""
+    sha256: str = ""
+
+    def __post_init__(self):
+        if not 0 <= self.correct <= self.images or self.images < 1:
+            raise InputError("A quality record is impossible", received=f"{self.correct} of {self.images} correct")
+
+    @property
+    def top1(self) -> float:
+        return self.correct / self.images
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how a file is measured. address: '' for local, else 'user@host' or a serial."""
+
+    transport: str = "local"
+    accelerator: str = "cpu"
+    address: str = ""
+    threads: int = 1
+    runtime: str = "auto"
+
+    def __post_init__(self):
+        _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("accelerator", self.accelerator, ACCELERATORS)
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= 256:
+            raise InputError("The number of threads is out of range", received=self.threads, allowed="1 to 256")
+
+    @property
+    def name(self) -> str:
+        """A file-name-safe label such as 'local-cpu-t1'."""
+        place = self.transport + ("-" + "".join(c if c.isalnum() else "_" for c in self.address) if self.address else "")
+        return f"{place}-{self.accelerator}-t{self.threads}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of one file on one target; stored as bench/{target}-{time}-{run_id}.json.
+
+    latency_ms holds every timed sample, in order; warmup_ms the ones before it. A measurement that
+    is 'refused' or 'failed' has a reason and no samples. started_at is UTC, ISO 8601.
+    """
+
+    run_id: str
+    kind: str
+    sha256: str
+    target: Target
+    status: str
+    reason: str = ""
+    batch: int = 1
+    input_shape: tuple[int, ...] = ()
+    load_ms: float | None = None
+    first_inference_ms: float | None = None
+    warmup_ms: tuple[float, ...] = ()
+    latency_ms: tuple[float, ...] = ()
+    peak_rss_bytes: int | None = None
+    delegated_ops: tuple[str, ...] = ()
+    fallback_ops: tuple[str, ...] = ()
+    output_drift: float | None = None
+    energy_mj: float | None = None
+    energy_source: str = "not measured"
+    device: dict = field(default_factory=dict)
+    load_average: float | None = None
+    warnings: tuple[str, ...] = ()
+    started_at: str = ""
+
+    def __post_init__(self):
+        _one_of("measurement kind", self.kind, KINDS)
+        _one_of("measurement status", self.status, STATUSES)
+        if isinstance(self.target, dict):
+            object.__setattr__(self, "target", Target(**self.target))
+        for name in ("input_shape", "warmup_ms", "latency_ms", "delegated_ops", "fallback_ops", "warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.status == "ok" and not self.latency_ms:
+            raise InputError("A measurement without samples is not ok", received=self.run_id)
+        if self.status != "ok" and not self.reason:
+            raise InputError("A measurement that failed has no reason", received=self.run_id)
+        if any(not math.isfinite(v) or v < 0 for v in self.latency_ms):
+            raise InputError("A latency is not a positive number", received=self.run_id)
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """study.json: what was asked, on what data and machine.
+
+    data: name, source, fingerprint, note, classes, images per split. models: name -> facts about
+    the baseline it started from (source, spec_from, sha256, validation accuracy). expected: the
+    '{model}/{variant}' names that the study is meant to hold, in order. deadline_ms: the frame time
+    by which rows are judged, 33.3 for 30 frames a second.
+    """
+
+    name: str
+    data: dict
+    models: dict
+    recipes: tuple[str, ...]
+    expected: tuple[str, ...]
+    deadline_ms: float = 1000 / 30
+    seed: int = 0
+    machine: dict = field(default_factory=dict)
+    tools: dict = field(default_factory=dict)
+    created_at: str = ""
+    finished_at: str = ""
+
+    def __post_init__(self):
+        for name in ("recipes", "expected"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+def to_dict(record: Any) -> dict:
+    """A record as plain JSON values with its schema version first."""
+    return {"schema_version": SCHEMA_VERSION, **_plain(record)}
+
+
+def from_dict(kind: type, values: dict) -> Any:
+    """A record of `kind` from what to_dict gave; raises InputError for anything else."""
+    if not isinstance(values, dict):
+        raise InputError(f"A {kind.__name__} record is not an object", received=type(values).__name__)
+    values = dict(values)
+    version = values.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"A {kind.__name__} record has another schema version",
+            received=version,
+            allowed=SCHEMA_VERSION,
+            next_step="Make it again with this version, or read it with the version that wrote it",
+        )
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"A {kind.__name__} record has unknown fields", received=", ".join(unknown))
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InputError(f"A {kind.__name__} record is incomplete", received=str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def _one_of(kind: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise unknown_name(kind, str(value), allowed)

@@ -1,0 +1,130 @@
+"""The contract of one step: a dataclass of its own hyper-parameters that changes a model.
+
+A technique does not know the others. It says which properties it adds and which it leaves as they
+were; the recipe measures what a model carries after each step and asks the next one to keep it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from mobile_bench.inputs import InputSpec
+from mobile_bench.records import StepReport
+from tfopt.errors import RecipeError, unknown_name
+from tfopt.training import TrainConfig
+
+if TYPE_CHECKING:
+    import keras
+
+    from tfopt.data import ImageData
+
+
+class Property(enum.Enum):
+    """What a model can carry from one step to the next."""
+
+    SPARSE = "sparse"  # zeros in kernels, which must stay zero
+    CLUSTERED = "clustered"  # few distinct values per kernel
+    LOW_RANK = "low rank"  # kernels split into thinner ones
+    NARROW = "narrow"  # fewer channels than the model the study started from
+    FAKE_QUANT = "fake quantization"  # trained with simulated int8
+
+
+@dataclass(frozen=True)
+class OptimizedModel:
+    """A Keras 3 model on its way through a recipe.
+
+    quantized: a fake-quantized tf_keras model file that quantization-aware training left, from which
+    int8 conversion must start; None for every other model.
+    """
+
+    model: keras.Model
+    spec: InputSpec
+    properties: frozenset[Property] = frozenset()
+    quantized: Path | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may use.
+
+    work: a folder of the step's own, for files it leaves. keep: properties it must not break.
+    teacher: the model the study started from. progress: (step, steps, facts) -> None.
+    """
+
+    data: ImageData
+    work: Path
+    teacher: keras.Model
+    keep: frozenset[Property] = frozenset()
+    seed: int = 0
+    progress: Callable[[int, int, dict], None] | None = None
+    callbacks: Sequence = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique(abc.ABC):
+    """Base of all techniques. Subclasses are frozen dataclasses and set the class variables.
+
+    adds: properties of the result. keeps: properties of its input that it preserves. A step that
+    neither adds nor keeps a property that the model carries cannot follow in a recipe.
+    """
+
+    name: ClassVar[str]
+    adds: ClassVar[frozenset[Property]] = frozenset()
+    keeps: ClassVar[frozenset[Property]] = frozenset()
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @abc.abstractmethod
+    def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
+        """Change the model. Never modifies `optimized.model` in place; raises a Problem on refusal."""
+
+    def settings(self) -> dict:
+        """The hyper-parameters as plain values, for the record and the cache key."""
+        return dataclasses.asdict(self)
+
+
+_REGISTRY: dict[str, type[Technique]] = {}
+
+
+def register(cls: type[Technique]) -> type[Technique]:
+    """Class decorator: make a technique known to recipes under its `name`."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def techniques() -> dict[str, type[Technique]]:
+    """All techniques by name."""
+    import tfopt.techniques  # noqa: F401 - importing it registers them
+
+    return dict(_REGISTRY)
+
+
+def make(name: str, settings: dict) -> Technique:
+    """A technique from what a recipe says; raises RecipeError for unknown names and settings."""
+    known = techniques()
+    if name not in known:
+        raise unknown_name("technique", str(name), known, error=RecipeError)
+    cls = known[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in settings:
+        if key not in fields:
+            raise unknown_name(f"setting of {name}", str(key), fields, error=RecipeError)
+    values = dict(settings)
+    if isinstance(values.get("train"), dict):
+        # What the recipe does not say about training is the technique's own default, not everyone's.
+        default = cls().train
+        given = values["train"]
+        base = dataclasses.asdict(default)
+        if "steps" in given or "epochs" in given:
+            base.update(steps=None, epochs=None)
+        values["train"] = TrainConfig.from_dict({**base, **given})
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise RecipeError(f"The settings of {name} are incomplete", received=str(error)) from error
