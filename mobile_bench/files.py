@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,21 +18,23 @@ from mobile_bench.errors import InputError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder; renamed to `path` if the block succeeds, removed if not."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the user's umask applies
     except OSError as error:
         raise cannot_write(path, error) from error
-    temporary = Path(name)
     try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        try:
+            yield temporary
+        except OSError as error:
+            if _is_about_writing(error):
+                raise cannot_write(path, error) from error
+            raise
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -43,6 +47,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """JSON with a line per field; refuses NaN and infinity, which are not JSON."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hex. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError("A file cannot be read", received=f"{path} ({error.strerror or error})") from error
+
+
+def _is_about_writing(error: OSError) -> bool:
+    """Whether the disk failed. Other errors of the block, such as a download's, are not about this file.
+
+    numpy's failed writes are a bare OSError without a number.
+    """
+    return error.errno in _DISK_ERRORS or (type(error) is OSError and error.errno is None)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:

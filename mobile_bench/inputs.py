@@ -53,8 +53,10 @@ class InputSpec:
     def __post_init__(self):
         for field in ("height", "width", "channels"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65_536:
                 raise InputError(f"The input's {field} is not a positive whole number", received=repr(value))
+        if isinstance(self.labels, str):
+            raise InputError("The input's labels are one text", received=repr(self.labels), allowed="a list of names")
         for field, kind in (("mean", float), ("std", float), ("labels", str)):
             object.__setattr__(self, field, tuple(kind(v) for v in getattr(self, field)))
         if self.channels not in (1, 3):
@@ -172,14 +174,14 @@ def override(spec: InputSpec, text: str) -> InputSpec:
     """
     if text.endswith(".json"):
         try:
-            values = json.loads(Path(text).read_text())
+            values = json.loads(Path(text).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError("The input spec file cannot be read", received=f"{text} ({error})") from error
         if not isinstance(values, dict):
             raise InputError("The input spec file is not a JSON object", received=text)
         scaling = values.pop("scaling", None)
         spec = InputSpec.from_dict({**spec.to_dict(), **values})
-        return spec.with_scaling(scaling) if scaling else spec
+        return spec.with_scaling(str(scaling)) if scaling else spec
     changes: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")

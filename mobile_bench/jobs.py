@@ -14,8 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from mobile_bench.errors import JobFailed, Problem
 from mobile_bench.files import write_json
 
 OnProgress = Callable[[dict], None]
-_LOG_LINES = 8
+_LOG_LINES, _LOG_CHARACTERS = 8, 1500
+_FOLLOW_PARENT = "--end-with-parent"
 
 
 def run_job(
@@ -34,18 +37,23 @@ def run_job(
 
     folder: where job.json and the log are put; it stays. timeout_s and memory_bytes (resident, Linux
     only) end the child when passed. A Problem that the child raised is raised here again; a crash, a
-    signal or a limit becomes JobFailed with the last lines of the log. An interrupt here ends the child.
+    signal or a limit becomes JobFailed with the last lines of the log. An interrupt here ends the child,
+    and so does the end of this process, however it comes.
     """
     folder = Path(folder)
     job_file, log_file = folder / "job.json", folder / "log.txt"
     write_json(job_file, job)
     with open(log_file, "wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, str(job_file)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-            env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
-            start_new_session=True,
-        )  # fmt: skip
+        try:
+            child = subprocess.Popen(
+                # -P: a file in the current folder that is named like a library is not imported for it.
+                [sys.executable, "-P", "-m", module, str(job_file), _FOLLOW_PARENT],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise JobFailed(f"The child process {module} cannot be started", received=error.strerror) from error
     guard = _Guard(child, timeout_s, memory_bytes)
     final: dict | None = None
     try:
@@ -54,6 +62,8 @@ def run_job(
                 message = json.loads(line)
             except ValueError:
                 continue  # a line cut short by a crash; the exit status tells the rest
+            if not isinstance(message, dict):
+                continue  # something printed before the child took over its standard output
             if message.get("kind") in ("result", "error"):
                 final = message
             elif on_progress:
@@ -82,13 +92,30 @@ def serve(main: Callable[[dict, Callable[..., None]], dict]) -> None:
         protocol.write(json.dumps({"kind": kind, **facts}, allow_nan=False) + "\n")
         protocol.flush()
 
+    if _FOLLOW_PARENT in sys.argv[2:]:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        job = json.loads(Path(sys.argv[1]).read_text())
+        job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
         emit("result", value=main(job, emit))
     except Problem as problem:
-        fields = {name: _text(getattr(problem, name)) for name in ("what", "received", "allowed", "next_step")}
-        emit("error", type=type(problem).__name__, module=type(problem).__module__, **fields)
+        _emit_error(emit, problem)
         sys.exit(problem.exit_code)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the parent gets one sentence, the log all of it
+        traceback.print_exc()
+        _emit_error(emit, JobFailed(f"The child process failed with {type(error).__name__}", received=error))
+        sys.exit(1)
+
+
+def _emit_error(emit: Callable[..., None], problem: Problem) -> None:
+    fields = {name: _text(getattr(problem, name)) for name in ("what", "received", "allowed", "next_step")}
+    emit("error", type=type(problem).__name__, module=type(problem).__module__, **fields)
+
+
+def _end_with_parent() -> None:
+    """Wait, at no cost, for the parent's end of standard input to close; then end with all that we started."""
+    while os.read(0, 64):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def _rebuild(message: dict) -> Problem:
@@ -139,6 +166,7 @@ def _end(child: subprocess.Popen) -> None:
     if child.poll() is None:
         _kill(child)
     child.stdout.close()
+    child.stdin.close()
     child.wait()
 
 
@@ -160,13 +188,19 @@ def _exit_text(code: int) -> str:
 
 def _tail(log_file: Path) -> str:
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-_LOG_LINES:]) or "no message"
+    return " | ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or "no message"
 
 
 def _python_path() -> str:
-    """The child finds the same packages, whether installed or run from a checkout."""
+    """The child finds the same packages, whether installed or run from a checkout.
+
+    An installed copy is found anyway, and its folder in front would let site-packages shadow the
+    standard library.
+    """
     here = str(Path(__file__).resolve().parents[1])
-    return os.pathsep.join([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    installed = here in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(filter(None, [*([] if installed else [here]), *known]))
 
 
 def _text(value: object) -> str | None:

@@ -178,7 +178,9 @@ class Target:
     @property
     def name(self) -> str:
         """A file-name-safe label such as 'local-cpu-t1'."""
-        place = self.transport + ("-" + "".join(c if c.isalnum() else "_" for c in self.address) if self.address else "")
+        place = self.transport + (
+            "-" + "".join(c if c.isalnum() else "_" for c in self.address) if self.address else ""
+        )
         return f"{place}-{self.accelerator}-t{self.threads}"
 
 
@@ -186,7 +188,8 @@ class Target:
 class Measurement:
     """One run of one file on one target; stored as bench/{target}-{time}-{run_id}.json.
 
-    latency_ms holds every timed sample, in order; warmup_ms the ones before it. A measurement that
+    latency_ms holds every timed sample, in order; warmup_ms the ones before it. peak_rss_bytes is the
+    whole process at its largest, base_rss_bytes the same before it loaded the file. A measurement that
     is 'refused' or 'failed' has a reason and no samples. started_at is UTC, ISO 8601.
     """
 
@@ -203,6 +206,7 @@ class Measurement:
     warmup_ms: tuple[float, ...] = ()
     latency_ms: tuple[float, ...] = ()
     peak_rss_bytes: int | None = None
+    base_rss_bytes: int | None = None
     delegated_ops: tuple[str, ...] = ()
     fallback_ops: tuple[str, ...] = ()
     output_drift: float | None = None
@@ -279,8 +283,10 @@ def from_dict(kind: type, values: dict) -> Any:
         raise InputError(f"A {kind.__name__} record has unknown fields", received=", ".join(unknown))
     try:
         return kind(**values)
-    except TypeError as error:
-        raise InputError(f"A {kind.__name__} record is incomplete", received=str(error)) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"A {kind.__name__} record is incomplete or has a value of the wrong type", received=str(error)
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -290,7 +296,7 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value  # NumPy's scalars and arrays
 
 
 def _one_of(kind: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -70,14 +70,14 @@ def write_variant(folder: Path, variant: Variant) -> Path:
 
 
 def write_quality(folder: Path, quality: Quality) -> Path:
-    path = Path(folder) / "quality" / f"{_safe(quality.data)}-{quality.split}.json"
+    path = Path(folder) / "quality" / f"{_safe(quality.data)}-{_safe(quality.split)}.json"
     write_json(path, to_dict(quality))
     return path
 
 
 def write_measurement(folder: Path, measurement: Measurement) -> Path:
     moment = measurement.started_at.replace(":", "").replace("-", "")[:15]
-    path = Path(folder) / "bench" / f"{measurement.target.name}-{moment}-{measurement.run_id}.json"
+    path = Path(folder) / "bench" / f"{measurement.target.name}-{_safe(moment)}-{_safe(measurement.run_id)}.json"
     write_json(path, to_dict(measurement))
     return path
 
@@ -137,9 +137,11 @@ def _read_all(folder: Path, kind: type, problems: list[str]) -> list:
 
 def _read(path: Path, kind: type):
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError("A record cannot be read", received=f"{path} ({error})", next_step="Delete it and run again") from error
+        raise InputError(
+            "A record cannot be read", received=f"{path} ({error})", next_step="Delete it and run again"
+        ) from error
     try:
         return from_dict(kind, values)
     except Problem as problem:

@@ -1,0 +1,310 @@
+"""What a .tflite answers: the class of each image, by the file itself under its runtime.
+
+Images go through one at a time, as they would on a device; several interpreters share the work where
+that pays. The runtime releases Python's lock while it computes, so threads are enough, and no answer
+depends on how many there are. Running this module is the child's side of `evaluate_apart`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mobile_bench.device import usable_cores
+from mobile_bench.errors import DataError, InputError, ModelRefused
+from mobile_bench.inputs import InputSpec
+from mobile_bench.interpreter import Model, dequantize, open_model, quantize
+from mobile_bench.jobs import run_job, serve
+from mobile_bench.records import Tensor
+
+Progress = Callable[[int, int], None]
+
+MAX_WORKERS = 16
+_PROBE_IMAGES, _PROBE_S = 8, 0.02
+_CHUNK_S, _CHUNK_BYTES = 0.02, 4 << 20
+_THREAD_START_S = 0.002
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """predictions: int64 (images,), the class of each. runtime: such as 'ai-edge-litert 2.3.0'.
+
+    inputs and outputs are what the file says about itself. seconds includes loading the file.
+    """
+
+    predictions: np.ndarray
+    correct: int
+    images: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    runtime: str
+    workers: int
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        """The fraction of images whose class was right."""
+        return self.correct / self.images
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+
+def evaluate(
+    tflite: str | Path, images: np.ndarray, labels: np.ndarray, spec: InputSpec, *, workers: int | None = None,
+    runtime: str = "auto", progress: Progress | None = None,
+) -> Evaluation:  # fmt: skip
+    """Run every image through a classifier and count the right answers.
+
+    images: uint8 RGB (count, height, width, 1 or 3), or anything with len() whose slices are that.
+    labels: int (count,). spec: how to scale them and read the head; another size is resized. workers:
+    interpreters at work at once; None chooses by timing the first images. progress(done, count) is
+    called from the calling thread. Raises InputError, DataError or ModelRefused; a file that crashes
+    the runtime takes the process along, so use `evaluate_apart` for a file from elsewhere.
+    """
+    labels = np.asarray(labels)
+    if len(labels) != len(images) or labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            "Labels do not fit the images",
+            received=f"{labels.dtype} labels of shape {labels.shape} for {len(images)} images",
+            allowed="one whole number per image",
+        )
+    return _Evaluator(Path(tflite), images, labels, spec, workers, runtime, progress).run()
+
+
+def predictions_only(
+    tflite: str | Path, images: np.ndarray, spec: InputSpec, *, workers: int | None = None, runtime: str = "auto",
+    progress: Progress | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The class of each image, int64 (count,), where no labels are known. Otherwise as `evaluate`."""
+    labels = np.zeros(len(images), np.int32)
+    return evaluate(tflite, images, labels, spec, workers=workers, runtime=runtime, progress=progress).predictions
+
+
+def evaluate_apart(
+    tflite: str | Path, sample: str | Path, spec: InputSpec, *, workers: int | None = None, runtime: str = "auto",
+    progress: Progress | None = None, timeout_s: float | None = None,
+) -> Evaluation:  # fmt: skip
+    """`evaluate` on a sample .npz in a child process, so that a file may crash its runtime without harm.
+
+    Raises JobFailed when it does.
+    """
+    with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
+        out = Path(folder) / "predictions.npy"
+        job = {
+            "tflite": str(Path(tflite).resolve()), "sample": str(Path(sample).resolve()), "spec": spec.to_dict(),
+            "workers": workers, "runtime": runtime, "out": str(out),
+        }  # fmt: skip
+        relay = (lambda m: progress(m["done"], m["total"])) if progress else None
+        result = run_job("mobile_bench.evaluate", job, Path(folder), on_progress=relay, timeout_s=timeout_s)
+        tensors = {side: tuple(Tensor(**t) for t in result.pop(side)) for side in ("inputs", "outputs")}
+        return Evaluation(predictions=np.load(out, allow_pickle=False), **result, **tensors)
+
+
+def read_sample(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """A sample for a device: an .npz of `images` (uint8, NHWC) and `labels` (int32)."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not an archive")
+            images, labels = content["images"], content["labels"]
+    except KeyError as error:
+        raise DataError(
+            "A sample lacks an array", received=f"{path} ({error.args[0]})", allowed="images and labels"
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise DataError(
+            "A sample cannot be read", received=f"{path} ({error})", allowed="an .npz of images and labels"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise DataError(
+            "A sample's images have the wrong form",
+            received=f"{images.dtype} of shape {images.shape}",
+            allowed="uint8 of shape (count, height, width, 1 or 3)",
+        )
+    return images, labels
+
+
+def classes_of(outputs: np.ndarray, head: str) -> np.ndarray:
+    """The class that each row names: float32 (count, classes) to int64 (count,).
+
+    The largest output, the first of equals. A single output is the second class of two: above 0.5 for a
+    'sigmoid' head, above 0 for 'logits'.
+    """
+    if outputs.shape[1] > 1:
+        return outputs.argmax(axis=1)
+    return (outputs[:, 0] > (0.5 if head == "sigmoid" else 0.0)).astype(np.int64)
+
+
+def choose_workers(remaining_s: float, open_s: float, cores: int) -> int:
+    """How many interpreters to use for work that would take one of them `remaining_s`.
+
+    Each further one costs its opening and a thread; it is worth that only where the time it saves is
+    clearly more, because the estimate rests on a few images and a busy machine may have no core to spare.
+    """
+    workers = 1
+    while workers < min(cores, MAX_WORKERS):
+        saved_s = remaining_s / workers - remaining_s / (workers + 1)
+        if saved_s < 4 * (open_s + _THREAD_START_S):
+            break
+        workers += 1
+    return workers
+
+
+@dataclass(eq=False)
+class _Evaluator:
+    """One evaluation under way: chunks of images, taken from a common pile by whoever is free."""
+
+    tflite: Path
+    images: np.ndarray
+    labels: np.ndarray
+    spec: InputSpec
+    workers: int | None
+    runtime: str
+    progress: Progress | None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _next: int = 0
+    _done: int = 0
+
+    def run(self) -> Evaluation:
+        started = time.perf_counter()
+        count = len(self.images)
+        if not count:
+            raise DataError("There are no images to evaluate")
+        if self.workers is not None and not 1 <= self.workers <= 256:
+            raise InputError("The number of workers is out of range", received=self.workers, allowed="1 to 256")
+        model = self._open()
+        opened_s = time.perf_counter() - started
+        self._check(model)
+        self.predictions = np.empty(count, np.int64)
+        image_s = self._probe(model)
+        image_bytes = 4 * int(np.prod(self.spec.shape))
+        self.chunk = max(1, min(256, int(_CHUNK_S / image_s), _CHUNK_BYTES // image_bytes))
+        workers = self.workers or choose_workers((count - self._next) * image_s, opened_s, usable_cores())
+        self._share(model, workers)
+        if self.progress:
+            self.progress(count, count)
+        return Evaluation(
+            self.predictions, int(np.sum(self.predictions == self.labels)), count, model.inputs, model.outputs,
+            str(model.runtime), workers, time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _open(self) -> Model:
+        return open_model(self.tflite, runtime=self.runtime, size=(self.spec.height, self.spec.width))
+
+    def _check(self, model: Model) -> None:
+        if len(model.inputs) != 1 or model.inputs[0].shape != (1, *self.spec.shape):
+            raise InputError(
+                "The file does not take the images that the input spec describes",
+                received=", ".join(str(tensor.shape) for tensor in model.inputs),
+                allowed=f"one input of shape {(1, *self.spec.shape)}",
+                next_step="Correct the spec with --input-spec size=…",
+            )
+        shape = model.outputs[0].shape if len(model.outputs) == 1 else ()
+        if not shape or np.prod(shape[:-1]) != 1 or shape[-1] < 1:
+            raise ModelRefused(
+                "The file is not an image classifier",
+                received="outputs of shape " + ", ".join(str(tensor.shape) for tensor in model.outputs),
+                allowed="one output of shape (1, classes)",
+            )
+        outputs = shape[-1]
+        if outputs == 1 and self.spec.head == "softmax":
+            raise InputError(
+                "A softmax over a single output has only one answer",
+                received="a file with one output",
+                next_step="Say what it is with --input-spec head=sigmoid (or head=logits)",
+            )
+        classes = max(2, outputs)
+        wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
+        if len(wrong):
+            raise DataError(
+                "A label is not one of the model's classes", received=int(wrong[0]), allowed=f"0 to {classes - 1}"
+            )
+        if self.spec.labels and len(self.spec.labels) != classes:
+            raise InputError(
+                "The input spec names another number of classes than the file has",
+                received=f"{len(self.spec.labels)} labels",
+                allowed=classes,
+            )
+
+    def _probe(self, model: Model) -> float:
+        """Answer the first images and say what one takes, in seconds. The very first also warms up."""
+        self._answer(model, 0, 1)
+        started, done = time.perf_counter(), 1
+        while done < min(1 + _PROBE_IMAGES, len(self.images)) and time.perf_counter() - started < _PROBE_S:
+            self._answer(model, done, done + 1)
+            done += 1
+        self._next = self._done = done
+        return max((time.perf_counter() - started) / max(1, done - 1), 1e-6)
+
+    def _share(self, model: Model, workers: int) -> None:
+        with ThreadPoolExecutor(max(1, workers - 1)) as pool:
+            others = [pool.submit(self._work, None) for _ in range(workers - 1)]
+            self._work(model)
+            for other in others:
+                other.result()
+
+    def _work(self, model: Model | None) -> None:
+        here = model is not None
+        try:
+            model = model or self._open()
+            while (part := self._take()) is not None:
+                self._answer(model, *part)
+                with self._lock:
+                    self._done += part[1] - part[0]
+                if here and self.progress:
+                    self.progress(self._done, len(self.images))
+        except BaseException:
+            # An interrupt too: nobody starts another chunk, and the pool ends soon.
+            with self._lock:
+                self._next = len(self.images)
+            raise
+
+    def _take(self) -> tuple[int, int] | None:
+        with self._lock:
+            start, count = self._next, len(self.images)
+            if start >= count:
+                return None
+            self._next = min(count, start + self.chunk)
+            return start, self._next
+
+    def _answer(self, model: Model, start: int, end: int) -> None:
+        pixels = self.spec.normalize(self.spec.fit(self.images[start:end]))
+        values = quantize(pixels, model.inputs[0])
+        rows = []
+        for index in range(end - start):
+            model.set_inputs(values[index : index + 1])
+            model.run()
+            rows.append(model.get_outputs()[0].reshape(-1))
+        outputs = dequantize(np.stack(rows), model.outputs[0])
+        if np.isnan(outputs).any():
+            raise ModelRefused(
+                "The file answers with values that are not numbers (NaN)",
+                received=self.tflite,
+                next_step="Check the scaling, and the ranges of a quantized file",
+            )
+        self.predictions[start:end] = classes_of(outputs, self.spec.head)
+
+
+def _child(job: dict, emit) -> dict:
+    images, labels = read_sample(job["sample"])
+    result = evaluate(
+        job["tflite"], images, labels, InputSpec.from_dict(job["spec"]), workers=job["workers"],
+        runtime=job["runtime"], progress=lambda done, total: emit("progress", done=done, total=total),
+    )  # fmt: skip
+    np.save(job["out"], result.predictions)
+    facts = {name: getattr(result, name) for name in ("correct", "images", "runtime", "workers", "seconds")}
+    return {**facts, "inputs": [asdict(t) for t in result.inputs], "outputs": [asdict(t) for t in result.outputs]}
+
+
+if __name__ == "__main__":
+    serve(_child)

@@ -1,0 +1,134 @@
+"""What samples say: percentiles, intervals, frames per second, the Pareto front. Derived, never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from mobile_bench.errors import InputError
+from mobile_bench.records import Measurement
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One measurement in numbers. Times in milliseconds per inference (of `batch` images).
+
+    median_low_ms and median_high_ms: the 95% interval of the median *within this run*; another process
+    or another day can differ by more. spread: (p75 - p25) / median. fps: images per second at the median.
+    """
+
+    samples: int
+    median_ms: float
+    median_low_ms: float
+    median_high_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+    max_ms: float
+    spread: float
+    fps: float
+
+    def meets(self, deadline_ms: float) -> bool:
+        """Whether nine inferences of ten end within the deadline: p90 <= deadline_ms."""
+        return self.p90_ms <= deadline_ms
+
+
+def summarize(measurement: Measurement) -> Summary | None:
+    """The Summary of a measurement that is 'ok', None for one that was refused or failed."""
+    if measurement.status != "ok":
+        return None
+    latency_ms = np.asarray(measurement.latency_ms)
+    median = float(np.median(latency_ms))
+    low, high = median_interval(latency_ms)
+    p25, p75, p90, p99 = percentiles(latency_ms, (25, 75, 90, 99))
+    return Summary(
+        samples=len(latency_ms),
+        median_ms=median,
+        median_low_ms=low,
+        median_high_ms=high,
+        p90_ms=p90,
+        p99_ms=p99,
+        min_ms=float(latency_ms.min()),
+        max_ms=float(latency_ms.max()),
+        spread=(p75 - p25) / median if median else 0.0,
+        fps=1000 * measurement.batch / median if median else math.inf,
+    )
+
+
+def percentiles(values: Sequence[float], ranks: Sequence[float]) -> tuple[float, ...]:
+    """Percentiles by linear interpolation: type 7 of Hyndman and Fan 1996 (The American Statistician 50:4)."""
+    return tuple(float(v) for v in np.percentile(np.asarray(values, float), ranks))
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """An interval for the median that assumes nothing about the distribution but independent samples.
+
+    From order statistics (David and Nagaraja 2003, Order Statistics, section 7.1): with B binomial(n, 1/2),
+    [x(k), x(n+1-k)] covers the median with probability 1 - 2 P(B < k); k is the largest that keeps it at
+    `confidence`. Below 6 samples no pair does at 95%, and the whole range is given. Timings in one process
+    are correlated, so read it as a lower bound of the uncertainty.
+    """
+    ordered = np.sort(np.asarray(values, float))
+    n = len(ordered)
+    if n == 0:
+        raise InputError("There is no median of no samples")
+    k = max(1, _order_rank(n, (1 - confidence) / 2))
+    return float(ordered[k - 1]), float(ordered[n - k])
+
+
+def _order_rank(n: int, tail: float) -> int:
+    """The largest k with P(B < k) <= tail for B binomial(n, 1/2); 0 where even k = 1 is too much."""
+    if n > 5000:  # the normal approximation is within one rank here, and the exact sum is slow
+        return math.floor(n / 2 + NormalDist().inv_cdf(tail) * math.sqrt(n) / 2)
+    limit, total, k = int(tail * 2**53) * 2**n >> 53, 0, 0
+    while (total := total + math.comb(n, k)) <= limit:
+        k += 1
+    return k
+
+
+def wilson_interval(correct: int, images: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of a proportion by Wilson 1927 (JASA 22:158): sound near 0 and 1, where p +- z s is not.
+
+    correct of `images` were right; gives (low, high) as fractions of 1.
+    """
+    if not 0 <= correct <= images or images < 1:
+        raise InputError("A proportion needs 0 <= correct <= images", received=f"{correct} of {images}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p, z2n = correct / images, z * z / images
+    middle = (p + z2n / 2) / (1 + z2n)
+    half = z / (1 + z2n) * math.sqrt(p * (1 - p) / images + z2n / (4 * images))
+    low = 0.0 if correct == 0 else max(0.0, middle - half)
+    high = 1.0 if correct == images else min(1.0, middle + half)
+    return low, high
+
+
+def pareto(points: Sequence[Sequence[float]], directions: Sequence[str]) -> list[int]:
+    """Indices of the rows that no other row beats, in the order given.
+
+    points: one row a variant, such as (top1, latency_ms, size_bytes); directions: 'max' or 'min' for each
+    column, such as ('max', 'min', 'min'). A row is beaten by one that is at least as good in every column
+    and better in one; equal rows stay together. A row with a missing value (None or NaN) is never on the
+    front and beats nobody.
+    """
+    for direction in directions:
+        if direction not in ("max", "min"):
+            raise InputError("A Pareto direction is unknown", received=repr(direction), allowed="max, min")
+    signs = np.array([1.0 if direction == "max" else -1.0 for direction in directions])
+    rows = [[math.nan if v is None else float(v) for v in row] for row in points]
+    if any(len(row) != len(signs) for row in rows):
+        raise InputError("A Pareto row has not one value for each direction", allowed=f"{len(signs)} values")
+    gains = np.array(rows, float).reshape(len(rows), len(signs)) * signs
+    whole = ~np.isnan(gains).any(axis=1)
+    front = []
+    for index in np.flatnonzero(whole):
+        others = gains[whole]
+        beaten = (others >= gains[index]).all(axis=1) & (others > gains[index]).any(axis=1)
+        if not beaten.any():
+            front.append(int(index))
+    return front

@@ -1,0 +1,181 @@
+"""The process that times one file: load, first inference, warm-up, timed runs, one result.
+
+Started fresh for each measurement by a transport as `python -m mobile_bench.worker job.json`; it imports
+numpy and a runtime, nothing more. The clock (time.perf_counter_ns) is read directly around the runtime's
+own invoke: the input is in place before it starts and the output is not read, so a latency is what the
+model costs, without preparing images or reading answers.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from mobile_bench import device
+from mobile_bench.errors import ModelRefused
+from mobile_bench.inputs import InputSpec
+from mobile_bench.interpreter import Model, load_runtime, open_model, quantize
+from mobile_bench.jobs import serve
+from mobile_bench.records import Tensor
+
+#: Warm-up ends when the median of the last 5 runs is within 5% of that of the 5 before, and 0.1 s have
+#: passed (a core needs that long to raise its frequency); it gives up after 3 s or 1,000 runs.
+STEADY_RUNS, STEADY_CHANGE = 5, 0.05
+WARMUP_MIN_S, WARMUP_MAX_S, WARMUP_MAX_RUNS = 0.1, 3.0, 1000
+#: Timed runs go on until they fill a second, within the limits that the job sets.
+TIMED_S = 1.0
+
+
+def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
+    """What one job says about its file: the fields of a Measurement that only the worker can know.
+
+    job: tflite, threads, runtime, batch, runs (at least), max_runs, seed, spec (a dict or None).
+    """
+    load_runtime(job["runtime"])  # importing it is no part of loading the file
+    spec = InputSpec.from_dict(job["spec"]) if job["spec"] else None
+    facts, load_average, base_rss_bytes = device.describe(), device.load_average(), device.peak_rss_bytes()
+    emit("progress", stage="load")
+    started = time.perf_counter_ns()
+    model = open_model(
+        job["tflite"], job["threads"], job["runtime"], batch=job["batch"],
+        size=(spec.height, spec.width) if spec else None,
+    )  # fmt: skip
+    load_ms = _since_ms(started)
+    model.set_inputs(*random_inputs(model, spec, job["seed"]))
+    started = time.perf_counter_ns()
+    model.run()
+    first_inference_ms = _since_ms(started)
+    gc.collect()
+    gc.disable()
+    emit("progress", stage="warm-up")
+    warmup_ms, steady = warm_up(model)
+    runs = planned_runs(statistics.median(warmup_ms[-STEADY_RUNS:]), job["runs"], job["max_runs"])
+    emit("progress", stage="timing", runs=runs)
+    latency_ms = time_runs(model, runs)
+    warnings = trust_warnings(
+        facts["cores"], load_average, job["threads"], facts.get("governor", ""), steady, len(warmup_ms)
+    )
+    return {
+        "load_ms": load_ms,
+        "first_inference_ms": first_inference_ms,
+        "warmup_ms": warmup_ms,
+        "latency_ms": latency_ms,
+        "input_shape": model.inputs[0].shape if model.inputs else (),
+        "peak_rss_bytes": device.peak_rss_bytes(),
+        "base_rss_bytes": base_rss_bytes,
+        "device": {**facts, "runtime": model.runtime.name, "runtime_version": model.runtime.version},
+        "load_average": load_average,
+        "warnings": warnings,
+    }
+
+
+def random_inputs(model: Model, spec: InputSpec | None, seed: int) -> list[np.ndarray]:
+    """The same input for the same seed: random pixels as `spec` scales them, or values all over the range.
+
+    Never zeros for floats: some kernels are faster on them.
+    """
+    random = np.random.default_rng(seed)
+    return [_random_values(tensor, spec, random) for tensor in model.inputs]
+
+
+def _random_values(tensor: Tensor, spec: InputSpec | None, random: np.random.Generator) -> np.ndarray:
+    dtype = np.dtype(tensor.dtype)
+    if spec and tensor.shape[1:] == spec.shape:
+        return quantize(spec.normalize(random.integers(0, 256, tensor.shape, np.uint8)), tensor)
+    if dtype == bool:
+        return random.integers(0, 2, tensor.shape).astype(bool)
+    if np.issubdtype(dtype, np.floating):
+        return random.uniform(-1, 1, tensor.shape).astype(dtype)
+    if np.issubdtype(dtype, np.integer) and dtype.itemsize <= 2:
+        limits = np.iinfo(dtype)
+        return random.integers(limits.min, limits.max, tensor.shape, dtype, endpoint=True)
+    if np.issubdtype(dtype, np.integer):
+        return np.zeros(tensor.shape, dtype)  # an index or a size: any other value may be out of range
+    raise ModelRefused(
+        "The file takes an input that cannot be made up", received=f"{tensor.name!r} of type {tensor.dtype}"
+    )
+
+
+def warm_up(model: Model) -> tuple[list[float], bool]:
+    """Run until the times are steady. Gives them in milliseconds, and whether steadiness was reached."""
+    times_ms: list[float] = []
+    started = time.perf_counter()
+    while True:
+        begun = time.perf_counter_ns()
+        model.run()
+        times_ms.append(_since_ms(begun))
+        passed_s = time.perf_counter() - started
+        if passed_s >= WARMUP_MIN_S and is_steady(times_ms):
+            return times_ms, True
+        if passed_s >= WARMUP_MAX_S or (len(times_ms) >= WARMUP_MAX_RUNS and passed_s >= WARMUP_MIN_S):
+            return times_ms, False
+
+
+def is_steady(times_ms: list[float]) -> bool:
+    """Whether the last 5 times have a median within 5% of that of the 5 before."""
+    if len(times_ms) < 2 * STEADY_RUNS:
+        return False
+    before = statistics.median(times_ms[-2 * STEADY_RUNS : -STEADY_RUNS])
+    now = statistics.median(times_ms[-STEADY_RUNS:])
+    return abs(now - before) <= STEADY_CHANGE * before
+
+
+def planned_runs(typical_ms: float, runs: int, max_runs: int) -> int:
+    """How many runs to time: a second's worth, at least `runs` and at most `max_runs`."""
+    return max(runs, min(max_runs, int(1000 * TIMED_S / max(typical_ms, 1e-6))))
+
+
+def time_runs(model: Model, runs: int) -> list[float]:
+    """`runs` latencies in milliseconds, in order."""
+    invoke, clock = model.bare_invoke, time.perf_counter_ns
+    times_ns = [0] * runs
+    for index in range(runs):
+        started = clock()
+        invoke()
+        times_ns[index] = clock() - started
+    return [nanoseconds / 1e6 for nanoseconds in times_ns]
+
+
+def trust_warnings(
+    cores: int, load_average: float | None, threads: int, governor: str, steady: bool, warmup_runs: int
+) -> list[str]:
+    """What makes this measurement doubtful, each with its number, the threshold and what to do."""
+    found = []
+    free = cores - threads
+    if load_average is not None and load_average > free + 0.5:
+        found.append(
+            f"the load average was {load_average:.1f} with {threads} thread(s) on {cores} cores (above "
+            f"{free + 0.5:g}): other work shares the processor; end it and measure again"
+        )
+    if threads > cores:
+        found.append(f"{threads} threads on {cores} cores wait for each other; measure with --threads {cores}")
+    if governor in ("powersave", "ondemand", "conservative"):
+        found.append(
+            f"the CPU governor is {governor!r}, not 'performance': the frequency varies; "
+            "set it with: cpupower frequency-set -g performance"
+        )
+    if not steady:
+        found.append(
+            f"after {warmup_runs} warm-up runs the times still changed by more than {STEADY_CHANGE:.0%}: "
+            "other work or a changing frequency; measure again on a quiet machine"
+        )
+    return found
+
+
+def _since_ms(started_ns: int) -> float:
+    return (time.perf_counter_ns() - started_ns) / 1e6
+
+
+def _main(job: dict, emit: Callable[..., None]) -> dict:
+    if platform.python_implementation() != "CPython":
+        raise ModelRefused("The runtimes need CPython", received=platform.python_implementation())
+    return measure_latency(job, emit)
+
+
+if __name__ == "__main__":
+    serve(_main)
