@@ -1,0 +1,94 @@
+"""Walk a Keras 3 graph: every call of every layer, with the shapes it saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import keras
+
+
+def calls(model: keras.Model) -> Iterator[tuple[keras.Operation, tuple, tuple]]:
+    """(operation, input shape, output shape) for each call, shared layers once for each call.
+
+    Shapes are without the batch: (height, width, channels) or (features,). Nested models are
+    entered, not listed. A layer with several inputs gives the shape of the first.
+    """
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            operation = node.operation
+            if isinstance(operation, keras.layers.InputLayer):
+                continue
+            if isinstance(operation, keras.Model):
+                yield from calls(operation)
+                continue
+            yield operation, tuple(node.input_tensors[0].shape[1:]), tuple(node.output_tensors[0].shape[1:])
+
+
+def count_parameters(model: keras.Model) -> int:
+    """All weights, batch norms' moving statistics included."""
+    return int(model.count_params())
+
+
+def count_macs(model: keras.Model) -> int:
+    """Multiply-accumulates of one image through every kernel layer (convolutions and dense)."""
+    return sum(_macs(operation, before, after) for operation, before, after in calls(model))
+
+
+def _macs(layer, before: tuple, after: tuple) -> int:
+    kinds = keras.layers
+    if isinstance(layer, kinds.SeparableConv2D):
+        positions = _positions(after)
+        depthwise, pointwise = layer.depthwise_kernel.shape, layer.pointwise_kernel.shape
+        return positions * (math.prod(depthwise) + math.prod(pointwise))
+    if isinstance(layer, kinds.Conv2DTranspose):
+        return _positions(before) * math.prod(layer.kernel.shape)
+    if isinstance(layer, (kinds.Conv1D, kinds.Conv2D, kinds.Conv3D, kinds.DepthwiseConv2D, kinds.DepthwiseConv1D)):
+        # A kernel holds (…, channels in / groups, channels out): each weight is used once a position.
+        return _positions(after) * math.prod(layer.kernel.shape)
+    if isinstance(layer, (kinds.Dense, kinds.EinsumDense)):
+        return math.prod(after[:-1]) * math.prod(layer.kernel.shape)
+    return 0
+
+
+def _positions(shape: tuple) -> int:
+    return math.prod(int(n) for n in shape[:-1] if n is not None)
+
+
+def flat_layers(model: keras.Model) -> list[keras.Layer]:
+    """Every layer once, in order, nested models replaced by their layers."""
+    found: dict[int, keras.Layer] = {}
+    for operation, _, _ in calls(model):
+        if isinstance(operation, keras.Layer):
+            found.setdefault(id(operation), operation)
+    return list(found.values())
+
+
+def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | None = None) -> keras.Model:
+    """A copy of the model, weights included, in which each named layer is a chain of other layers.
+
+    replacements: layer name -> the new layers, applied one after the other; their weights are theirs.
+    """
+    replacements = replacements or {}
+
+    def call(layer, *args, **kwargs):
+        chain = replacements.get(layer.name)
+        if chain is None:
+            return layer(*args, **kwargs)
+        value = args[0]
+        for link in chain:
+            value = link(value)
+        return value
+
+    graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name) if isinstance(model, keras.Sequential) else model
+    copy = keras.models.clone_model(graph, clone_function=_clone, call_function=call, recursive=True)
+    targets = {layer.name: layer for layer in flat_layers(copy)}
+    for layer in flat_layers(model):
+        if layer.name in targets and layer.name not in replacements:
+            targets[layer.name].set_weights(layer.get_weights())
+    return copy
+
+
+def _clone(layer):
+    return layer.__class__.from_config(layer.get_config())

@@ -1,0 +1,24 @@
+"""Keep the chatter of native libraries out of a person's terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+
+def native_chatter_to_log() -> None:
+    """Send what C++ code writes to file descriptor 2 into a temporary file; Python's stderr stays.
+
+    TensorFlow announces its CPU features and missing GPUs before any setting of its own is read, in
+    the middle of a progress bar. TFOPT_VERBOSE=1 shows it all.
+    """
+    if os.environ.get("TFOPT_VERBOSE"):
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    log = tempfile.TemporaryFile()
+    os.dup2(log.fileno(), 2)
+    log.close()
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="replace")

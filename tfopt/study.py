@@ -1,0 +1,455 @@
+"""Run recipes x models x targets, keep every finished piece, and write the study folder.
+
+A study can be stopped at any moment and started again: what is finished is found, and only the rest
+is made. A variant that fails becomes a record with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gzip
+import hashlib
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mobile_bench import device, store
+from mobile_bench.files import cannot_write
+from mobile_bench.inputs import InputSpec
+from mobile_bench.records import StudyRecord, Target, Variant
+from tfopt import attest, convert, steps
+from tfopt.data import ImageData
+from tfopt.errors import ConversionError, InputError, Problem
+from tfopt.recipe import Recipe
+from tfopt.technique import Property
+
+STEPS_FOLDER = ".steps"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person watching the study wants to see.
+
+    kind: 'plan' (total variants), 'step' (a technique's progress: done of total steps), 'evaluate',
+    'convert', 'measure', 'variant' (one is finished, with status and text), 'note'.
+    """
+
+    kind: str
+    model: str = ""
+    name: str = ""
+    done: int = 0
+    total: int = 0
+    text: str = ""
+    facts: dict = field(default_factory=dict)
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that a study starts from: where it is, and how to open it (which imports TensorFlow).
+
+    key: the hash of the model's content and of how it is fed.
+    """
+
+    name: str
+    source: str
+    key: str
+    open: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study shall hold. runs: timed inferences per measurement."""
+
+    out: Path
+    models: tuple[ModelSource, ...]
+    data: ImageData
+    recipes: tuple[Recipe, ...]
+    targets: tuple[Target, ...] = (Target(),)
+    seed: int = 0
+    deadline_ms: float = 1000 / 30
+    runs: int = 50
+    trust: bool = False
+    callbacks: tuple = ()
+
+    def __post_init__(self):
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise InputError("Two models of a study have the same name", received=", ".join(names), next_step="Rename a file")
+        if not self.deadline_ms > 0:
+            raise InputError("The deadline is not above 0", received=self.deadline_ms)
+
+    def expected(self) -> tuple[str, ...]:
+        return tuple(f"{m.name}/{variant}" for m in self.models for r in self.recipes for variant in r.variants())
+
+
+def file_source(
+    place: str | Path, *, input_spec: str | None = None, trust: bool = False, class_names: Sequence[str] = ()
+) -> ModelSource:
+    """A model by path or 'keras:NAME', opened only when something has to be made from it."""
+    text = str(place)
+
+    def open_model():
+        from tfopt import models
+
+        loaded = models.load(text, input_spec=input_spec, trust=trust)
+        if class_names:
+            models.check_classes(loaded, tuple(class_names))
+        return models.with_labels(loaded, tuple(class_names))
+
+    path = Path(text).expanduser()
+    if text.startswith("keras:"):
+        name, content = text.removeprefix("keras:").replace(":", "-").lower(), text
+    else:
+        if not path.exists():
+            open_model()  # raises the error that says so
+        name = path.parent.name if path.stem == "model" else path.stem
+        content = _hash_path(path)
+    return ModelSource(_slug(name), text, steps.content_key(content, input_spec or "", tuple(class_names)), open_model)
+
+
+def model_source(loaded, class_names: Sequence[str] = ()) -> ModelSource:
+    """A model that is already in memory (tfopt.models.LoadedModel)."""
+    from tfopt import models
+
+    models.check_classes(loaded, tuple(class_names))
+    loaded = models.with_labels(loaded, tuple(class_names))
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(loaded.model.to_json().encode())
+    for weight in loaded.model.get_weights():
+        digest.update(weight.tobytes())
+    key = steps.content_key(digest.hexdigest(), loaded.spec.to_dict())
+    return ModelSource(loaded.name, loaded.source, key, lambda: loaded)
+
+
+def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
+    """Make what is missing of the study, and return all of it.
+
+    Raises a Problem before any work when a model cannot be used at all. A recipe or scheme that fails
+    later is a variant with status 'failed'.
+    """
+    say = on_event or (lambda event: None)
+    out = Path(plan.out)
+    say(Event("plan", total=len(plan.expected())))
+    record = _begin(plan, out)
+    for model in plan.models:
+        jobs = [(recipe, *_missing(plan, model, recipe)) for recipe in plan.recipes]
+        for recipe, present, _ in jobs:
+            for variant in present:
+                say(Event("variant", model.name, variant, text="already there"))
+        jobs = [(recipe, missing) for recipe, _, missing in jobs if missing]
+        if jobs:
+            _Workshop(plan, model, out, record, say).make(jobs)
+    _measure_all(plan, out, say)
+    record = dataclasses.replace(store.read_study(out).record, finished_at=_now())
+    store.write_study(out, record)
+    return store.read_study(out)
+
+
+def _begin(plan: Plan, out: Path) -> StudyRecord:
+    data = plan.data
+    described = {
+        "name": data.name, "source": data.source, "fingerprint": data.fingerprint, "note": data.note,
+        "classes": list(data.class_names), "images": {name: len(split) for name, split in data.splits.items()},
+    }  # fmt: skip
+    try:
+        known = store.read_study(out).record
+        if known.data.get("fingerprint") != data.fingerprint:
+            raise InputError(
+                "The folder holds a study of other data",
+                received=f"{out} made with {known.data.get('name')}",
+                next_step="Choose another folder with --out, or delete this one",
+            )
+        created, models = known.created_at, dict(known.models)
+    except Problem:
+        if (out / "study.json").exists():
+            raise
+        if out.exists() and not out.is_dir():
+            raise InputError("The study's place is a file", received=out, allowed="a folder") from None
+        created, models = _now(), {}
+    record = StudyRecord(
+        name=out.resolve().name,
+        data=described,
+        models={m.name: models.get(m.name, {"source": m.source}) for m in plan.models},
+        recipes=tuple(recipe.name for recipe in plan.recipes),
+        expected=plan.expected(),
+        deadline_ms=plan.deadline_ms,
+        seed=plan.seed,
+        machine=device.facts(),
+        tools=steps.tool_versions(),
+        created_at=created,
+    )
+    store.write_study(out, record)
+    return record
+
+
+def _variant_key(model: ModelSource, recipe: Recipe, scheme: str, plan: Plan) -> str:
+    settings = [{step.name: step.settings()} for step in recipe.steps]
+    return steps.content_key(model.key, settings, scheme, plan.data.fingerprint, plan.seed, steps.tool_versions())
+
+
+def _missing(plan: Plan, model: ModelSource, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """(names that are there already, schemes still to be made)."""
+    present, missing = [], []
+    for scheme, name in zip(recipe.schemes, recipe.variants()):
+        folder = store.variant_folder(plan.out, model.name, name)
+        try:
+            entry = store.read_entry(folder)
+            known = entry.variant
+            whole = known.status == "ok" and known.cache_key == _variant_key(model, recipe, scheme, plan)
+            whole = whole and entry.quality() is not None and sha256_of(entry.tflite) == known.sha256
+        except (Problem, OSError):
+            whole = False
+        if whole:
+            present.append(name)
+        else:
+            missing.append(scheme)
+    return present, missing
+
+
+class _Workshop:
+    """Makes the missing variants of one model."""
+
+    def __init__(self, plan: Plan, model: ModelSource, out: Path, record: StudyRecord, say: OnEvent):
+        from tfopt import models
+
+        self.plan, self.model, self.out, self.say = plan, model, out, say
+        self.steps_folder = out / STEPS_FOLDER
+        say(Event("note", model.name, text=f"loading {model.source}"))
+        self.loaded = model.open()
+        self.spec: InputSpec = self.loaded.spec
+        self.data = plan.data.decoded(self.spec)
+        self.base = steps.start(self.steps_folder, model.key, self.loaded.model, self.spec)
+        known = record.models.get(model.name, {})
+        validation = known.get("validation_top1")
+        if validation is None or known.get("key") != model.key:
+            validation = models.check_not_by_chance(self.loaded, self.data["validation"])
+        facts = {
+            "source": model.source, "spec_from": self.loaded.spec_from, "scaling": self.spec.scaling, "key": model.key,
+            "validation_top1": validation, "parameters": self.base.parameters, "macs": self.base.macs,
+        }  # fmt: skip
+        latest = store.read_study(out).record
+        store.write_study(out, dataclasses.replace(latest, models={**latest.models, model.name: facts}))
+
+    def make(self, jobs: list[tuple[Recipe, list[str]]]) -> None:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=self.out) as work:
+            self.work = Path(work)
+            for recipe, schemes in jobs:
+                try:
+                    result = self._follow(recipe)
+                except Exception as error:  # noqa: BLE001 - one recipe's failure must not end the study
+                    for scheme in schemes:
+                        self._fail(recipe, scheme, error)
+                    continue
+                self._export(recipe, result, schemes)
+
+    def _follow(self, recipe: Recipe) -> steps.StepResult:
+        result, carried = self.base, frozenset()
+        for step in recipe.steps:
+            key = steps.step_key(result.key, step, self.data, self.plan.seed)
+            label = f"{recipe.name}: {step.name}"
+            report = lambda done, total, facts, label=label: self.say(
+                Event("step", self.model.name, label, done, total, facts=facts)
+            )
+            result = steps.run(
+                self.steps_folder, key, step, result, self.spec, self.loaded.model, self.data, self.plan.seed,
+                keep=carried & step.keeps, callbacks=self.plan.callbacks, progress=report,
+            )  # fmt: skip
+            training = result.reports[-1].training or {}
+            self.say(Event("note", self.model.name, label, text=_training_text(training)))
+            carried = result.properties
+        return result
+
+    def _export(self, recipe: Recipe, result: steps.StepResult, schemes: list[str]) -> None:
+        self.say(Event("convert", self.model.name, recipe.name, total=len(schemes)))
+        for converted in self._convert(result, schemes):
+            try:
+                if converted.path is None:
+                    raise ConversionError(converted.reason)
+                self._finish(recipe, result, converted)
+            except Exception as error:  # noqa: BLE001 - the other schemes go on
+                self._fail(recipe, converted.scheme, error)
+
+    def _convert(self, result: steps.StepResult, schemes: list[str]) -> list[convert.Converted]:
+        folder = self.work / result.key
+        folder.mkdir(exist_ok=True)
+        if Property.FAKE_QUANT not in result.properties:
+            return convert.convert(
+                result.model_file, self.spec, schemes, folder, calibration=self.data["calibration"], work=folder,
+                trust=self.plan.trust,
+            )  # fmt: skip
+        from tfopt.tfmot.client import convert_quantized
+
+        path = folder / "int8.tflite"
+        try:
+            convert_quantized(result.quantized, path, self.spec)
+            path.write_bytes(convert.embed_spec(path.read_bytes(), self.spec))
+        except Problem as problem:
+            return [convert.Converted("int8", None, str(problem))]
+        return [convert.Converted("int8", path)]
+
+    def _finish(self, recipe: Recipe, result: steps.StepResult, converted: convert.Converted) -> None:
+        name = f"{recipe.name}-{converted.scheme}"
+        test, fingerprint = self.data["test"], self.data.fingerprint
+        images = attest.save_split(test, self.spec, self.work)
+        progress = lambda done, total, _: self.say(Event("evaluate", self.model.name, name, done, total))
+        found = attest.answers(converted.path, images, self.spec, self.work, progress=progress)
+        content = converted.path.read_bytes()
+        variant = Variant(
+            name=name,
+            model=self.model.name,
+            recipe=recipe.name,
+            scheme=converted.scheme,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size_bytes=len(content),
+            gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
+            parameters=result.parameters,
+            macs=result.macs,
+            spec=self.spec,
+            inputs=found.inputs,
+            outputs=found.outputs,
+            steps=result.reports,
+            properties={prop.value: True for prop in sorted(result.properties, key=lambda p: p.value)},
+            tools={**steps.tool_versions(), "runtime": found.runtime},
+            seed=self.plan.seed,
+            created_at=_now(),
+            cache_key=_variant_key(self.model, recipe, converted.scheme, self.plan),
+        )
+        quality = attest.quality(
+            found,
+            test.labels,
+            data=self.data.name,
+            split="test",
+            fingerprint=fingerprint,
+            sha256=variant.sha256,
+            keras=result.classes(self.spec, test, fingerprint),
+            baseline=self.base.classes(self.spec, test, fingerprint),
+        )
+        with self._folder(name) as folder:
+            shutil.copy2(converted.path, folder / "model.tflite")
+            _link(result.model_file, folder / "model.keras")
+            if result.quantized:
+                _link(result.quantized, folder / result.quantized.name)
+            store.write_quality(folder, quality)
+            store.write_variant(folder, variant)
+        self.say(Event("variant", self.model.name, name, text=f"top-1 {quality.top1:.2%}, {len(content) / 1e3:.0f} kB"))
+
+    def _fail(self, recipe: Recipe, scheme: str, error: Exception) -> None:
+        name = f"{recipe.name}-{scheme}"
+        reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+        try:
+            with self._folder(name) as folder:
+                if not isinstance(error, Problem):
+                    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+                store.write_variant(
+                    folder,
+                    Variant(
+                        name=name, model=self.model.name, recipe=recipe.name, scheme=scheme, status="failed",
+                        reason=reason or type(error).__name__, created_at=_now(), tools=steps.tool_versions(),
+                    ),
+                )  # fmt: skip
+        except Problem as second:
+            reason = f"{reason} (and its record could not be written: {second})"
+        self.say(Event("variant", self.model.name, name, text=f"failed: {reason}", facts={"failed": True}))
+
+    def _folder(self, name: str):
+        return _whole_folder(store.variant_folder(self.out, self.model.name, name))
+
+
+def _measure_all(plan: Plan, out: Path, say: OnEvent) -> None:
+    """Time every variant that has no measurement of this target on this machine yet."""
+    from mobile_bench.measure import measure
+
+    entries = [e for e in store.read_study(out).entries if e.variant.status == "ok"]
+    wanted = {name for name in plan.expected()}
+    todo = [
+        (entry, target)
+        for entry in entries
+        for target in plan.targets
+        if f"{entry.variant.model}/{entry.variant.name}" in wanted and not _is_measured(entry, target)
+    ]
+    for number, (entry, target) in enumerate(todo):
+        say(Event("measure", entry.variant.model, entry.variant.name, number, len(todo)))
+        measurement = measure(entry.tflite, target, runs=plan.runs)
+        store.write_measurement(entry.folder, measurement)
+    if todo:
+        say(Event("measure", done=len(todo), total=len(todo)))
+
+
+def _is_measured(entry: store.Entry, target: Target) -> bool:
+    return any(
+        m.target == target and m.sha256 == entry.variant.sha256 and m.status == "ok" for m in entry.measurements
+    )
+
+
+class _whole_folder:
+    """A folder that appears at its place complete or not at all; what was there before is replaced."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __enter__(self) -> Path:
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            self.work = Path(tempfile.mkdtemp(prefix=f".{self.place.name}-", dir=self.place.parent))
+        except OSError as error:
+            raise cannot_write(self.place, error) from error
+        return self.work
+
+    def __exit__(self, kind, error, _):
+        try:
+            if kind is None:
+                shutil.rmtree(self.place, ignore_errors=True)
+                self.work.chmod(0o755)
+                self.work.rename(self.place)
+        except OSError as failure:
+            raise cannot_write(self.place, failure) from failure
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise cannot_write(self.place, error) from error
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _hash_path(path: Path) -> str:
+    if path.is_file():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file at a second place, without a second copy where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _training_text(training: dict) -> str:
+    if not training:
+        return "done"
+    before = training.get("accuracy_before")
+    change = f"{before:.2%} -> " if before is not None else ""
+    return f"{training['steps']} steps, {training['images_seen']} images, validation {change}{training['accuracy_after']:.2%}"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "model"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

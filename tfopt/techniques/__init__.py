@@ -1,0 +1,5 @@
+"""One technique, one file; importing this package makes all of them known to recipes."""
+
+from tfopt.techniques import distill, factorize
+
+__all__ = ["distill", "factorize"]
