@@ -8,6 +8,7 @@ log beside job.json, never into the protocol.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -171,10 +172,8 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def _kill(child: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _exit_text(code: int) -> str:

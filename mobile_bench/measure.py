@@ -41,9 +41,8 @@ def measure(
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
     transport = transport_for(target)
     _check_can_run(target)
-    facts = {
-        "run_id": uuid.uuid4().hex[:8], "kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch,
-    }  # fmt: skip
+    facts = {"kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch}
+    facts["run_id"] = uuid.uuid4().hex[:8]
     job = {
         "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": runs,
         "max_runs": max_runs, "seed": seed, "spec": spec.to_dict() if spec else None,

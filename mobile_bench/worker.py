@@ -87,7 +87,7 @@ def _random_values(tensor: Tensor, spec: InputSpec | None, random: np.random.Gen
     dtype = np.dtype(tensor.dtype)
     if spec and tensor.shape[1:] == spec.shape:
         return quantize(spec.normalize(random.integers(0, 256, tensor.shape, np.uint8)), tensor)
-    if dtype == bool:
+    if tensor.dtype == "bool":
         return random.integers(0, 2, tensor.shape).astype(bool)
     if np.issubdtype(dtype, np.floating):
         return random.uniform(-1, 1, tensor.shape).astype(dtype)
