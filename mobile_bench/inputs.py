@@ -36,8 +36,9 @@ class InputSpec:
     """What one image must look like when it enters a classifier, and what comes out.
 
     `mean` and `std` are in 0..255 pixel units, one value or one per channel, in the order the
-    model sees the channels. `resize` is 'stretch' (the whole image) or 'crop' (the central
-    square of the image). `labels` may be empty; otherwise there is one per output.
+    model sees the channels. `resize` is 'stretch' (the whole image) or 'crop' (the largest central
+    part of the image that has the input's aspect ratio). `labels` may be empty; otherwise there is
+    one per output.
     """
 
     height: int
@@ -123,15 +124,19 @@ class InputSpec:
         return self.fit_picture(picture)
 
     def fit_picture(self, picture) -> np.ndarray:
-        """A PIL image to uint8 (height, width, channels), RGB, 0..255."""
-        from PIL import Image
+        """A PIL image to uint8 (height, width, channels), RGB, 0..255.
 
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        A photo's EXIF orientation is applied, transparency is dropped, 16-bit grays keep their upper byte.
+        """
+        from PIL import Image, ImageOps
+
+        picture = _eight_bit(ImageOps.exif_transpose(picture)).convert("L" if self.channels == 1 else "RGB")
         box = None
         if self.resize == "crop":
-            side = min(picture.size)
-            left, top = (picture.size[0] - side) // 2, (picture.size[1] - side) // 2
-            box = (left, top, left + side, top + side)
+            zoom = min(picture.size[0] / self.width, picture.size[1] / self.height)
+            wide, high = round(zoom * self.width), round(zoom * self.height)
+            left, top = (picture.size[0] - wide) // 2, (picture.size[1] - high) // 2
+            box = (left, top, left + wide, top + high)
         if picture.size != (self.width, self.height) or box:
             picture = picture.resize((self.width, self.height), Image.Resampling.BILINEAR, box=box)
         array = np.asarray(picture, np.uint8)
@@ -221,10 +226,21 @@ def read_picture(path: str | Path, spec: InputSpec) -> np.ndarray:
             return spec.fit_picture(picture)
     except UnidentifiedImageError as error:
         raise DataError("A file is not an image", received=path, next_step="Remove it or replace it") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise DataError(
             "An image cannot be read", received=f"{path} ({error})", next_step="Remove it or replace it"
         ) from error
+
+
+def _eight_bit(picture):
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise DataError("An image has floating-point pixels", allowed="whole numbers of 8 or 16 bits a channel")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        # Pillow would cut every value above 255 to white.
+        return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return picture
 
 
 def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +19,13 @@ import numpy as np
 
 from mobile_bench.files import atomic_path
 from tfopt.data.cache import cache_folder
-from tfopt.errors import DataError
+from tfopt.errors import DataError, InputError
 
+_MEMBERS = ("x_train", "y_train", "x_test", "y_test")
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-DOWNLOAD_SECONDS = 300
+DOWNLOAD_SECONDS = 600
+#: a source that says nothing for so long is given up.
+SILENCE_SECONDS = 20
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 
@@ -26,13 +33,108 @@ FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
 CIFAR100_CLASSES = tuple(
-    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
-    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant "
-    "flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree "
-    "motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate "
-    "poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider "
-    "squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
-    "wardrobe whale willow_tree wolf woman worm".split()
+    [
+        "apple",
+        "aquarium_fish",
+        "baby",
+        "bear",
+        "beaver",
+        "bed",
+        "bee",
+        "beetle",
+        "bicycle",
+        "bottle",
+        "bowl",
+        "boy",
+        "bridge",
+        "bus",
+        "butterfly",
+        "camel",
+        "can",
+        "castle",
+        "caterpillar",
+        "cattle",
+        "chair",
+        "chimpanzee",
+        "clock",
+        "cloud",
+        "cockroach",
+        "couch",
+        "crab",
+        "crocodile",
+        "cup",
+        "dinosaur",
+        "dolphin",
+        "elephant",
+        "flatfish",
+        "forest",
+        "fox",
+        "girl",
+        "hamster",
+        "house",
+        "kangaroo",
+        "keyboard",
+        "lamp",
+        "lawn_mower",
+        "leopard",
+        "lion",
+        "lizard",
+        "lobster",
+        "man",
+        "maple_tree",
+        "motorcycle",
+        "mountain",
+        "mouse",
+        "mushroom",
+        "oak_tree",
+        "orange",
+        "orchid",
+        "otter",
+        "palm_tree",
+        "pear",
+        "pickup_truck",
+        "pine_tree",
+        "plain",
+        "plate",
+        "poppy",
+        "porcupine",
+        "possum",
+        "rabbit",
+        "raccoon",
+        "ray",
+        "road",
+        "rocket",
+        "rose",
+        "sea",
+        "seal",
+        "shark",
+        "shrew",
+        "skunk",
+        "skyscraper",
+        "snail",
+        "snake",
+        "spider",
+        "squirrel",
+        "streetcar",
+        "sunflower",
+        "sweet_pepper",
+        "table",
+        "tank",
+        "telephone",
+        "television",
+        "tiger",
+        "tractor",
+        "train",
+        "trout",
+        "tulip",
+        "turtle",
+        "wardrobe",
+        "whale",
+        "willow_tree",
+        "wolf",
+        "woman",
+        "worm",
+    ]
 )
 CLASSES = {
     "fashion_mnist": FASHION_CLASSES,
@@ -43,60 +145,76 @@ CLASSES = {
 }
 
 
-def load_arrays(name: str) -> tuple[Arrays, str]:
-    """((train images, train labels, test images, test labels), where they came from)."""
+def load_arrays(name: str, progress: Callable[[int, int, dict], None] | None = None) -> tuple[Arrays, str]:
+    """((train images, train labels, test images, test labels), where they came from).
+
+    Raises DataError with what each source said where none has it.
+    """
     if name == "digits":
         return _digits(), "scikit-learn"
     cached = cache_folder() / "data" / f"{name}.npz"
     attempts: list[tuple[str, Callable[[], Arrays]]] = [("Keras's download", lambda: _keras(name))]
     if name == "fashion_mnist":
         attempts.append((f"the Debian package {DEBIAN_PACKAGE}", _debian_fashion_mnist))
+    reasons = []
     if cached.exists():
         try:
             return _read_cache(cached), "the local cache"
-        except (OSError, ValueError, KeyError):
-            cached.unlink()  # cut short by an older, interrupted run: fetch it again
-    reasons = []
-    for source, attempt in attempts:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            reasons.append(f"{cached}: {_short(error)}")
+    for done, (source, attempt) in enumerate(attempts):
+        if progress:
+            progress(done, len(attempts), {"what": f"fetching {name} from {source}"})
         try:
             arrays = attempt()
         except Exception as error:  # noqa: BLE001 - any failure of a source means: ask the next one
             reasons.append(f"{source}: {_short(error)}")
             continue
-        with atomic_path(cached) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, x_train=arrays[0], y_train=arrays[1], x_test=arrays[2], y_test=arrays[3])
+        try:
+            with atomic_path(cached) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, **dict(zip(_MEMBERS, arrays)))
+        except InputError as problem:
+            warnings.warn(f"{name} will be fetched again next time. {problem}", RuntimeWarning, stacklevel=3)
         return arrays, source
     raise DataError(
         f"The data set {name} cannot be had from anywhere",
         received="; ".join(reasons),
-        next_step=f"Connect to the internet once, or put {name}.npz (x_train, y_train, x_test, y_test) at {cached}",
+        next_step=f"Connect to the internet once, or put {name}.npz ({', '.join(_MEMBERS)}) at {cached}",
     )
 
 
 def _read_cache(path: Path) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
-        return file["x_train"], file["y_train"], file["x_test"], file["y_test"]
+        return tuple(file[member] for member in _MEMBERS)
 
 
 def _keras(name: str) -> Arrays:
-    """Keras downloads without a time limit and retries for long, so it runs in a child that can be ended."""
+    """Keras downloads without a time limit, so it runs in a child that can be ended."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "data.npz")
         code = (
-            "import keras, numpy, sys\n"
+            "import keras, numpy, socket, sys\n"
+            f"socket.setdefaulttimeout({SILENCE_SECONDS})\n"
             f"(a, b), (c, d) = keras.datasets.{name}.load_data()\n"
             "numpy.savez(sys.argv[1], a=a, b=b, c=c, d=d)\n"
         )
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(target)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(target)],
-                capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, env=environment,
-            )  # fmt: skip
+            _, said = child.communicate(timeout=DOWNLOAD_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise DataError(f"no answer in {DOWNLOAD_SECONDS} s") from error
-        if done.returncode:
-            raise DataError((done.stderr.strip().splitlines() or ["no message"])[-1])
+            # Interrupted, Keras removes what it has; killed, it would take the half file for whole next time.
+            child.send_signal(signal.SIGINT)
+            try:
+                child.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise DataError(f"not finished in {DOWNLOAD_SECONDS} s") from error
+        if child.returncode:
+            raise DataError((said.strip().splitlines() or ["no message"])[-1])
         with np.load(target, allow_pickle=False) as file:
             images_train, labels_train, images_test, labels_test = (file[key] for key in "abcd")
     return _channels(images_train), labels_train.ravel(), _channels(images_test), labels_test.ravel()
@@ -109,7 +227,9 @@ def _debian_fashion_mnist() -> Arrays:
         raise DataError("this machine has no apt-get")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # apt downloads as another user
-        for command in (["apt-get", "download", DEBIAN_PACKAGE], ["apt-get", "update"], ["apt-get", "download", DEBIAN_PACKAGE]):
+        patience = ["-o", f"Acquire::http::Timeout={SILENCE_SECONDS}", "-o", "Acquire::Retries=1"]
+        for verbs in (["download", DEBIAN_PACKAGE], ["update"], ["download", DEBIAN_PACKAGE]):
+            command = ["apt-get", *patience, *verbs]
             subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
             packages = list(Path(folder).glob("*.deb"))
             if packages:

@@ -7,7 +7,8 @@ calibration  for quantization ranges; class-balanced, taken from train
 
 A split holds either pixels (uint8, RGB) or the paths of image files, which are decoded only when
 they are asked for. Which image falls into which split depends on a hash of the image's identity
-(its pixels, or its path below the data set's folder), never on order or chance.
+(its pixels, or a file's path below the data set's folder and its size), never on order or chance.
+Equal images always fall into one split, and never into train when they also lie in a given test.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -25,11 +29,16 @@ from mobile_bench.files import atomic_path
 from mobile_bench.inputs import InputSpec, read_picture
 from tfopt.data.augment import augment
 from tfopt.data.cache import cache_folder
-from tfopt.errors import DataError, unknown_name
+from tfopt.errors import DataError, InputError, Problem, unknown_name
 
 SPLITS = ("train", "validation", "test", "calibration")
 CALIBRATION_IMAGES = 200
 IN_MEMORY_BYTES = 1 << 30
+#: raised when the same file would be decoded to other pixels than before, so that cached pixels are dropped.
+DECODER_VERSION = 2
+
+#: (done, total, facts) -> None; facts['what'] says what is going on.
+Progress = Callable[[int, int, dict], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +46,7 @@ class Split:
     """Some images with their labels.
 
     images: uint8 (count, height, width, channels), or None where `paths` is given.
-    labels: int32 (count,). hashes: uint64 (count,), one per image.
+    labels: int32 (count,). hashes: uint64 (count,), of each image's pixels or of its file's bytes.
     """
 
     labels: np.ndarray
@@ -78,26 +87,35 @@ class Split:
             part = slice(start, start + batch_size)
             yield spec.normalize(self.pixels(spec, part)), self.labels[part]
 
-    def stream(self, spec: InputSpec, batch_size: int, *, augmentation: str = "none", seed: int = 0):
+    def stream(
+        self, spec: InputSpec, batch_size: int, *, augmentation: str = "none", seed: int = 0,
+        failures: list[Problem] | None = None,
+    ):  # fmt: skip
         """An endless, shuffled, prefetched tf.data.Dataset of (images, labels) batches.
 
         Batch k is a function of (seed, k) alone, so a run repeats exactly and can be taken up in the
-        middle. Files are decoded as they are needed: the split need not fit in memory.
+        middle. Files are decoded as they are needed: the split need not fit in memory. TensorFlow
+        turns an error on an image into one of its own, so the original is put into `failures`.
         """
         import tensorflow as tf
 
         batch_size = min(batch_size, len(self))
         steps_per_epoch = max(1, len(self) // batch_size)
-        orders: dict[int, np.ndarray] = {}
+
+        @lru_cache(maxsize=3)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((seed, epoch)).permutation(len(self))
 
         def load(step: np.int64):
             epoch, position = divmod(int(step), steps_per_epoch)
-            if epoch not in orders:
-                for old in [e for e in orders if e < epoch - 1]:
-                    del orders[old]
-                orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(self))
-            index = orders[epoch][position * batch_size : (position + 1) * batch_size]
-            pixels = augment(self.pixels(spec, index), augmentation, np.random.default_rng((seed, epoch, position)))
+            index = order(epoch)[position * batch_size : (position + 1) * batch_size]
+            try:
+                pixels = self.pixels(spec, index)
+            except Problem as problem:
+                if failures is not None:
+                    failures.append(problem)
+                raise
+            pixels = augment(pixels, augmentation, np.random.default_rng((seed, epoch, position)))
             return spec.normalize(pixels), self.labels[index]
 
         def load_in_graph(step):
@@ -135,22 +153,19 @@ class ImageData:
     def classes(self) -> int:
         return len(self.class_names)
 
-    def decoded(self, spec: InputSpec, limit_bytes: int = IN_MEMORY_BYTES) -> ImageData:
+    def decoded(
+        self, spec: InputSpec, limit_bytes: int = IN_MEMORY_BYTES, progress: Progress | None = None
+    ) -> ImageData:  # fmt: skip
         """The same data with its image files decoded once for `spec`, where they fit `limit_bytes`.
 
-        The pixels are kept in the cache folder and mapped from there; a larger split stays files.
+        The pixels are kept in the cache folder and mapped from there; a larger split stays files, and
+        so does one that the disk has no room for (with a RuntimeWarning).
         """
-        size = int(np.prod(spec.shape))
         splits = {}
         for name, split in self.splits.items():
-            if split.paths is not None and len(split) * size <= limit_bytes:
-                form = "x".join(map(str, spec.shape))
-                known = hashlib.blake2b(np.ascontiguousarray(split.hashes).tobytes(), digest_size=8).hexdigest()
-                cached = cache_folder() / "decoded" / f"{known}-{form}-{spec.resize}.npy"
-                if not cached.exists():
-                    with atomic_path(cached) as temporary, open(temporary, "wb") as file:
-                        np.save(file, split.pixels(spec))
-                split = Split(split.labels, split.hashes, images=np.load(cached, mmap_mode="r", allow_pickle=False))
+            if split.paths is not None and len(split) * int(np.prod(spec.shape)) <= limit_bytes:
+                report = lambda done, total, what=f"decoding {name}": progress and progress(done, total, {"what": what})
+                split = _decode(split, spec, report)
             splits[name] = split
         return dataclasses.replace(self, splits=splits)
 
@@ -164,39 +179,110 @@ class ImageData:
         return dataclasses.replace(self, splits=splits, fingerprint=self.fingerprint + suffix)
 
 
+def _decode(split: Split, spec: InputSpec, progress: Callable[[int, int], None]) -> Split:
+    form = f"{spec.height}x{spec.width}x{spec.channels}-{spec.resize}-v{DECODER_VERSION}"
+    known = hash64(np.ascontiguousarray(split.hashes).tobytes())
+    cached = cache_folder() / "decoded" / f"{known:016x}-{form}.npy"
+    images = _mapped(cached, (len(split), *spec.shape))
+    if images is None:
+        try:
+            with atomic_path(cached) as temporary, open(temporary, "wb") as file:
+                _write_pixels(file, split, spec, progress)
+        except InputError as problem:
+            warnings.warn(
+                f"Images are decoded as they are needed, which is slower. {problem}", RuntimeWarning, stacklevel=3
+            )
+            return split
+        images = np.load(cached, mmap_mode="r", allow_pickle=False)
+    return Split(split.labels, split.hashes, images=images)
+
+
+def _mapped(cached: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        images = np.load(cached, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape else None
+
+
+def _write_pixels(file, split: Split, spec: InputSpec, progress: Callable[[int, int], None]) -> None:
+    """An .npy file, written a thousand images at a time: a memory map would kill the process on a full disk."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *spec.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for start in range(0, len(split), 1024):
+        file.write(split.pixels(spec, slice(start, start + 1024)).tobytes())
+        progress(min(start + 1024, len(split)), len(split))
+
+
 def pixel_hashes(images: np.ndarray) -> np.ndarray:
     """uint64 (count,): one hash per image, the same on every machine."""
-    return np.array([_hash64(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
+    return np.array([hash64(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
 
 
-def path_hashes(relative_paths: list[str]) -> np.ndarray:
-    return np.array([_hash64(path.encode()) for path in relative_paths], np.uint64)
+def text_hashes(texts: list[str]) -> np.ndarray:
+    """uint64 (count,): one hash per text; file names that are no valid text count as well."""
+    return np.array([hash64(text.encode("utf-8", "surrogateescape")) for text in texts], np.uint64)
 
 
-def _hash64(content: bytes) -> int:
+def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def make_splits(train: Split, test: Split | None = None, validation: Split | None = None) -> dict[str, Split]:
-    """Complete the four splits: a tenth of train for what is not given."""
-    tenth = train.hashes % np.uint64(10)
-    taken = np.zeros(len(train), bool)
+def make_splits(
+    train: Split, test: Split | None = None, validation: Split | None = None, *, identity: np.ndarray | None = None
+) -> tuple[dict[str, Split], list[str]]:  # fmt: skip
+    """The four splits, and what there is to say about them.
+
+    A tenth of `train` becomes what is not given, chosen by `identity` (uint64 (count,), by default the
+    hashes). Images of train or validation that also lie in the given test are left out, and said.
+    """
+    images, notes = len(train), []
+    identity = train.hashes if identity is None else identity
+
+    def apart(name: str, split: Split, others: dict[str, Split | None]) -> np.ndarray:
+        kept = np.ones(len(split), bool)
+        for other_name, other in others.items():
+            if other is not None:
+                shared = kept & np.isin(split.hashes, other.hashes)
+                kept &= ~shared
+                if shared.any():
+                    notes.append(
+                        f"{shared.sum()} images of {name} also lie in {other_name} and were left out of {name}."
+                    )
+        return kept
+
+    if validation is not None:
+        validation = validation.subset(np.flatnonzero(apart("validation", validation, {"test": test})))
+    kept = apart("train", train, {"test": test, "validation": validation})
+    tenth = identity % np.uint64(10)
     if validation is None:
-        taken |= tenth == 0
-        validation = train.subset(np.flatnonzero(tenth == 0))
+        validation = train.subset(np.flatnonzero(kept & (tenth == 0)))
+        kept &= tenth != 0
     if test is None:
-        taken |= tenth == 1
-        test = train.subset(np.flatnonzero(tenth == 1))
-    train = train.subset(np.flatnonzero(~taken))
+        test = train.subset(np.flatnonzero(kept & (tenth == 1)))
+        kept &= tenth != 1
+    train = train.subset(np.flatnonzero(kept))
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if not len(split):
-            raise DataError(f"No image is left for the {name} split", allowed="at least some tens of images")
-    return {
-        "train": train,
-        "validation": validation,
-        "test": test,
-        "calibration": train.balanced(CALIBRATION_IMAGES),
-    }
+            raise DataError(
+                f"No image is left for the {name} split",
+                received=f"{images} images to divide",
+                allowed="at least some tens of images",
+                next_step="Add images, or say yourself which belong to train, validation and test",
+            )
+    splits = {"train": train, "validation": validation, "test": test, "calibration": train.balanced(CALIBRATION_IMAGES)}
+    return splits, notes
+
+
+def missing_classes(splits: dict[str, Split], class_names: tuple[str, ...]) -> list[str]:
+    """A sentence for train and for test if classes have no image there."""
+    notes = []
+    for name in ("train", "test"):
+        absent = np.setdiff1d(np.arange(len(class_names)), splits[name].labels)
+        if len(absent):
+            shown = ", ".join(class_names[i] for i in absent[:3]) + (", …" if len(absent) > 3 else "")
+            notes.append(f"{name} has no image of {len(absent)} of the {len(class_names)} classes ({shown}).")
+    return notes
 
 
 def fingerprint_of(splits: dict[str, Split], class_names: tuple[str, ...]) -> str:
