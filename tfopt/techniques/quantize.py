@@ -1,0 +1,87 @@
+"""Quantization-aware training: the model learns to live with int8 before it is converted.
+
+Jacob et al. 2018 (arXiv:1712.05877), section 3. TFMOT's fake quantization, in a process of its own;
+ranges are calibrated on training images before the first step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from mobile_bench.records import StepReport
+from tfopt.errors import ModelRefused, TrainingError
+from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.training import TrainConfig
+
+QUANTIZED_FILE = "quantized.npz"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QuantizeAware(Technique):
+    """Fine-tune with simulated int8 weights and activations.
+
+    The zeros of a sparse model stay zero. The result carries the fake-quantized model as a file, from
+    which int8 conversion starts, and its float weights in a Keras 3 model.
+    """
+
+    name: ClassVar[str] = "qat"
+    adds: ClassVar[frozenset[Property]] = frozenset({Property.FAKE_QUANT})
+    keeps: ClassVar[frozenset[Property]] = frozenset({Property.SPARSE, Property.NARROW, Property.LOW_RANK})
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, learning_rate=2e-4, evaluations=2))
+
+    def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
+        from tfopt.graph import count_macs, count_parameters
+        from tfopt.tfmot import client
+
+        started = time.monotonic()
+        if Property.FAKE_QUANT in optimized.properties:
+            raise ModelRefused("The model has been trained for int8 already", next_step="Leave one qat out of the recipe")
+        sparse = Property.SPARSE in optimized.properties | context.keep
+        quantized = Path(context.work) / QUANTIZED_FILE
+        trained = client.train(
+            "quantize", optimized, context, self.train, keep_zeros=sparse, quantized=str(quantized.resolve())
+        )
+        properties = _zeros_kept(trained) if sparse else {}
+        notes = client.notes(trained)
+        if trained.result["float"]:
+            names = ", ".join(trained.result["float"])
+            notes += (f"Batch norms that follow no convolution keep part of their arithmetic in float: {names}",)
+        result = OptimizedModel(trained.model, optimized.spec, optimized.properties | self.adds, quantized)
+        return result, StepReport(
+            technique=self.name,
+            settings=self.settings(),
+            touched=client.touched(trained.result["quantized"]),
+            skipped=(),
+            parameters_before=count_parameters(optimized.model),
+            parameters_after=count_parameters(trained.model),
+            macs_before=count_macs(optimized.model),
+            macs_after=count_macs(trained.model),
+            seconds=round(time.monotonic() - started, 3),
+            training=trained.training,
+            properties=properties,
+            notes=notes,
+        )
+
+
+def _zeros_kept(trained) -> dict:
+    """Measure the zeros before and after; raises TrainingError for the first layer that lost one."""
+    zeros = total = 0
+    for name in trained.result["kept"]:
+        before, after = trained.before[name] == 0, trained.after[name] == 0
+        if np.any(before & ~after):
+            raise TrainingError(
+                f"Layer {trained.source(name)} lost zeros in quantization-aware training",
+                received=f"sparsity {after.mean():.4f}",
+                allowed=f"{before.mean():.4f}",
+                next_step="Report this with the recipe and the model's architecture",
+            )
+        zeros += int(after.sum())
+        total += after.size
+    return {"sparsity": zeros / max(1, total), "zeros": zeros}

@@ -1,0 +1,207 @@
+"""This side of the worker: hand it a model and images as files, take back weights and files.
+
+No TFMOT and no tf_keras here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from mobile_bench.files import atomic_path
+from mobile_bench.inputs import InputSpec
+from mobile_bench.jobs import run_job
+from mobile_bench.records import Skip
+from tfopt.data.splits import Split
+from tfopt.errors import ModelRefused, RecipeError
+from tfopt.technique import Context, OptimizedModel
+from tfopt.tfmot import bridge, neutral
+from tfopt.training import TrainConfig
+
+VALIDATION_IMAGES = 2000
+EXPORT_TIMEOUT_S = 3600
+WORKER = "tfopt.tfmot.worker"
+ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+_PROBE_IMAGES = 4
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training in the worker gave.
+
+    model: a fresh Keras 3 model. before, after: the weights by the bridge's names. training: a
+    TrainReport as a dict. result: what else the worker said.
+    """
+
+    model: keras.Model
+    before: neutral.Weights
+    after: neutral.Weights
+    training: dict
+    result: dict
+    graph: neutral.Graph
+
+    def source(self, weight: str) -> str:
+        """The user's name of the layer that a weight belongs to."""
+        return next(node.source for node in self.graph.nodes if weight in node.weights)
+
+
+def train(operation: str, optimized: OptimizedModel, context: Context, config: TrainConfig, **job) -> Trained:
+    """Run 'prune' or 'quantize' on a model in the worker. job: the operation's own fields.
+
+    Raises ModelRefused where the model cannot cross or comes back different, RecipeError for Python
+    callbacks, and whatever Problem the worker raised; JobFailed names its log.
+    """
+    if context.callbacks:
+        raise RecipeError(
+            "Callbacks from Python cannot be used where TFMOT trains: it works in a process of its own",
+            received=", ".join(type(callback).__name__ for callback in context.callbacks),
+            next_step="Leave the callbacks out of recipes with prune or qat; progress is reported without them",
+        )
+    spec, model = optimized.spec, optimized.model
+    graph, before = bridge.describe(model)
+    work = Path(context.work)
+    with _exchange(work) as folder:
+        images = _probe(spec)
+        outputs = np.asarray(model(images, training=False), np.float32)
+        neutral.save(folder / "model.npz", graph, {**before, "probe:images": images, "probe:outputs": outputs})
+        splits = {"train": context.data["train"], "validation": context.data["validation"].balanced(VALIDATION_IMAGES)}
+        result = run_job(
+            WORKER,
+            {
+                "operation": operation,
+                "model": str(folder / "model.npz"),
+                "weights": str(folder / "weights.npz"),
+                "splits": {name: write_split(split, folder / name) for name, split in splits.items()},
+                "spec": spec.to_dict(),
+                "train": dataclasses.asdict(config),
+                "seed": context.seed,
+                **job,
+            },
+            work,
+            on_progress=_relay(context),
+            environment=ENVIRONMENT,
+        )
+        after = neutral.load_arrays(folder / "weights.npz")
+    expected = after.pop("probe:outputs")
+    trained = bridge.with_weights(model, after)
+    _check(trained, after.pop("probe:images"), expected)
+    return Trained(trained, before, after, result.pop("training"), result, graph)
+
+
+def convert_quantized(quantized: Path, out: Path, spec: InputSpec) -> None:
+    """A fake-quantized model file -> an int8 .tflite (int8 in and out, one image at a time).
+
+    The file carries `spec` in its metadata, like all that tfopt.convert makes. Raises ConversionError
+    where the converter refuses, JobFailed where it crashes.
+    """
+    export_quantized(quantized, spec, out=out)
+
+
+def predict_quantized(quantized: Path, split: Split, spec: InputSpec) -> np.ndarray:
+    """The outputs of a fake-quantized model on a split: float32 (count, classes)."""
+    return export_quantized(quantized, spec, split=split)
+
+
+def export_quantized(
+    quantized: Path, spec: InputSpec, *, out: Path | None = None, split: Split | None = None
+) -> np.ndarray | None:
+    """Both of the above in one process, which saves one start of it: convert if `out`, predict if `split`."""
+    from tfopt.convert import embed_spec
+
+    with _exchange(Path(tempfile.gettempdir())) as folder:
+        job = {"operation": "export", "quantized": str(Path(quantized).resolve()), "spec": spec.to_dict()}
+        if split is not None:
+            job |= {"outputs": str(folder / "outputs.npy"), "split": write_split(split, folder / "split")}
+        if out is not None:
+            job["tflite"] = str(folder / "model.tflite")
+        run_job(WORKER, job, folder, environment=ENVIRONMENT, timeout_s=EXPORT_TIMEOUT_S)
+        if out is not None:
+            content = embed_spec((folder / "model.tflite").read_bytes(), spec)
+            with atomic_path(out) as temporary:
+                temporary.write_bytes(content)
+        return None if split is None else np.load(folder / "outputs.npy", allow_pickle=False)
+
+
+def write_split(split: Split, folder: Path) -> dict[str, str]:
+    """A split as .npy files: name -> path. Pixels that are mapped from a file already stay where they are."""
+    files = {}
+    for name in ("labels", "hashes", "images", "paths"):
+        array = getattr(split, name)
+        if array is None:
+            continue
+        mapped = _file_of(array)
+        if mapped is None:
+            mapped = folder / f"{name}.npy"
+            with atomic_path(mapped) as temporary, open(temporary, "wb") as file:
+                np.save(file, np.array([str(path) for path in array]) if name == "paths" else array, allow_pickle=False)
+        files[name] = str(mapped)
+    return files
+
+
+def touched(sources: list[str]) -> tuple[str, ...]:
+    """Each layer once, in order."""
+    return tuple(dict.fromkeys(sources))
+
+
+def skips(rows: list) -> tuple[Skip, ...]:
+    return tuple(Skip(*row) for row in rows)
+
+
+def notes(trained: Trained) -> tuple[str, ...]:
+    """What a reader of the report must know about the crossing."""
+    dropped = trained.graph.dropped
+    return (f"Layers that act in training only took no part: {', '.join(dropped)}",) if dropped else ()
+
+
+def _file_of(array: np.ndarray) -> Path | None:
+    """The .npy file of which an array is all, or None."""
+    if not isinstance(array, np.memmap) or array.filename is None:
+        return None
+    try:
+        whole = np.load(array.filename, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    same = (whole.shape, whole.dtype, whole.strides, whole.offset) == (array.shape, array.dtype, array.strides, array.offset)
+    return Path(array.filename).resolve() if same else None
+
+
+@contextmanager
+def _exchange(parent: Path) -> Iterator[Path]:
+    """A folder for files that only the two processes need; removed in the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="exchange-", dir=parent.resolve()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _probe(spec: InputSpec) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (_PROBE_IMAGES, *spec.shape), np.uint8)
+    return spec.normalize(pixels)
+
+
+def _check(model: keras.Model, images: np.ndarray, expected: np.ndarray) -> None:
+    difference = float(np.max(np.abs(np.asarray(model(images, training=False)) - expected)))
+    if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+        raise ModelRefused(
+            "The model does not answer the same once the trained weights are back in it",
+            received=f"{model.name}, difference {difference:.2g}",
+            allowed=f"{_TOLERANCE:g}",
+            next_step="Use recipes without prune and qat, and report the model's architecture",
+        )
+
+
+def _relay(context: Context):
+    if context.progress is None:
+        return None
+    return lambda m: context.progress(m["step"], m["steps"], m["facts"]) if m.get("kind") == "progress" else None

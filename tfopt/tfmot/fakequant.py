@@ -1,0 +1,223 @@
+"""Simulated int8 around a rebuilt model, with TFMOT's wrappers and quantizers. Runs in the worker only.
+
+Jacob et al. 2018 (arXiv:1712.05877), section 3: weights and activations are rounded in the forward
+pass as the int8 kernels will round them. Where a rounding belongs is decided on the neutral graph by
+`plan`, not by TFMOT's pattern matcher, which refuses whatever it has no pattern for: a rounding stands
+where TFLite has a tensor, and none stands between operations that TFLite fuses (kernel, batch norm,
+addition, ReLU).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras
+from tensorflow_model_optimization.python.core.quantization.keras import quantize_layer, quantizers
+from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import (
+    default_8bit_quantize_configs as configs,
+)
+from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import (
+    default_8bit_quantize_registry as registry,
+)
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_aware_activation import NoOpActivation
+from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import QuantizeWrapperV2
+
+from mobile_bench.inputs import InputSpec
+from tfopt.errors import ModelRefused
+from tfopt.tfmot import neutral
+from tfopt.tfmot.neutral import Graph, Node, Weights
+from tfopt.tfmot.rebuild import build, values
+
+KERNELS = ("Conv2D", "DepthwiseConv2D", "Dense", "Conv2DTranspose")
+#: operations that only move numbers, or whose int8 output has a fixed scale in TFLite
+_TRANSPARENT = (
+    "Flatten", "Reshape", "Permute", "ZeroPadding2D", "Cropping2D", "Dropout", "SpatialDropout2D", "MaxPooling2D",
+    "GlobalMaxPooling2D", "Softmax",
+)  # fmt: skip
+_FIXED_SCALE = ("softmax", "sigmoid", "tanh", "linear")
+_RANGE_DECAY = 0.99
+
+
+def plan(graph: Graph) -> dict[str, str]:
+    """Node name -> where its rounding stands: 'kernel', 'fused kernel', 'output' or 'none'.
+
+    'kernel' rounds the weights and the output, 'fused kernel' the weights alone.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    producer = {call.output: call.node for call in graph.calls}
+    consumers: dict[int, list[str]] = defaultdict(list, {graph.output: [""]})
+    for call in graph.calls:
+        for number in call.inputs:
+            consumers[number].append(call.node)
+    followers, sources = defaultdict(list), defaultdict(list)
+    for call in graph.calls:
+        followers[call.node].append(consumers[call.output])
+        sources[call.node] += [producer.get(number, "") for number in call.inputs]
+
+    def leads_to(node: Node, test) -> bool:
+        """Whether every use of the node has one consumer, which passes the test."""
+        return all(len(names) == 1 and names[0] and test(nodes[names[0]]) for names in followers[node.name])
+
+    def folds(node: Node) -> bool:
+        return node.kind == "BatchNormalization"
+
+    rounding: dict[str, str] = {}
+    for node in graph.nodes:
+        before_relu = leads_to(node, _fusable_relu)
+        if node.kind in KERNELS:
+            fuses = node.config.get("activation", "linear") == "linear" and (before_relu or leads_to(node, folds))
+            rounding[node.name] = "fused kernel" if fuses else "kernel"
+        elif node.kind in _TRANSPARENT or (node.kind == "Activation" and node.config["activation"] in _FIXED_SCALE):
+            rounding[node.name] = "none"
+        elif node.kind == "Add" or (folds(node) and all(rounding.get(name) == "fused kernel" for name in sources[node.name])):
+            rounding[node.name] = "none" if before_relu else "output"
+        else:
+            rounding[node.name] = "output"
+    for node in graph.nodes:
+        if node.kind == "Concatenate":  # its inputs must share one scale, so only its output is rounded
+            for name in sources[node.name]:
+                if name and rounding[name] == "output" and nodes[name].kind != "Concatenate" and leads_to(nodes[name], bool):
+                    rounding[name] = "none"
+    return rounding
+
+
+def unfolded(graph: Graph) -> list[str]:
+    """Batch norms that no kernel absorbs: the converter leaves part of their arithmetic in float."""
+    rounding = plan(graph)
+    producer = {call.output: call.node for call in graph.calls}
+    sources = defaultdict(set)
+    for call in graph.calls:
+        sources[call.node] |= {producer.get(number, "") for number in call.inputs}
+    norms = [node for node in graph.nodes if node.kind == "BatchNormalization"]
+    return [n.source for n in norms if any(rounding.get(name) != "fused kernel" for name in sources[n.name])]
+
+
+class FakeQuantized:
+    """A model with simulated int8: `model`, and `weights()`, the float weights below the roundings.
+
+    keep_zeros: weights that are zero stay zero (TFMOT's prune-preserving scheme).
+    """
+
+    def __init__(self, graph: Graph, weights: Weights, *, keep_zeros: bool = False):
+        self.graph = graph
+        self._rounding = plan(graph)
+        self._registry = registry.Default8BitQuantizeRegistry()
+        preserving = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
+        self._keep_zeros = preserving.get_quantize_registry() if keep_zeros else None
+        self.wrappers: list[QuantizeWrapperV2] = []
+        self.kept: list[str] = []
+        self._image = quantize_layer.QuantizeLayer(
+            quantizers.AllValuesQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False),
+            name="quantize_layer",
+        )
+        self.model, self._variables = build(graph, weights, wrap=self._wrap, entry=self._image)
+        frozen = {node.name for node in graph.nodes if not node.trainable}
+        for wrapper in self.wrappers:
+            if wrapper.layer.name in frozen:
+                wrapper._trainable_weights.clear()  # where the wrapper puts the kernel even of a frozen layer
+
+    def weights(self) -> Weights:
+        return values(self._variables)
+
+    def calibrate(self, batches, spec: InputSpec) -> None:
+        """Set every range from some batches of training images before training starts.
+
+        TFMOT starts each range at -6…6 and lets it drift by a thousandth a step, which a fine-tuning
+        of a few hundred steps never recovers from. batches: float32 (batch, height, width, channels).
+        """
+        lowest, highest = spec.normalize(np.stack([np.full(spec.shape, v, np.uint8) for v in (0, 255)]))
+        variables = self._image.quantizer_vars
+        variables["min_var"].assign(min(0.0, float(lowest.min())))
+        variables["max_var"].assign(max(0.0, float(highest.max())))
+        decay = tf.Variable(0.0, trainable=False)
+        for wrapper in self.wrappers:
+            for activation in wrapper._quantize_activations:
+                activation.quantizer = _TrackingQuantizer(decay)
+            if wrapper._output_quantizers:
+                wrapper._output_quantizers = [_TrackingQuantizer(decay)]
+        norms = [layer for layer in self.model._flatten_layers() if isinstance(layer, tf_keras.layers.BatchNormalization)]
+        trainable = [norm.trainable for norm in norms]
+        for norm in norms:
+            norm.trainable = False  # its statistics are not what is being measured
+        forward = tf.function(lambda images: self.model(images, training=True), reduce_retracing=True)
+        for number, images in enumerate(batches):
+            decay.assign(number / (number + 1))  # a plain average over the batches
+            forward(tf.constant(images))
+        decay.assign(_RANGE_DECAY)
+        for norm, was in zip(norms, trainable):
+            norm.trainable = was
+
+    def save(self, path: Path) -> None:
+        """The graph, the float weights and, as 'range:N', what the wrappers added, in the model's order."""
+        ranges = {f"range:{i}": variable.numpy() for i, variable in enumerate(self._ranges())}
+        neutral.save(path, self.graph, {**self.weights(), **ranges})
+
+    @classmethod
+    def load(cls, path: Path) -> FakeQuantized:
+        """What `save` wrote. Raises InputError for anything else."""
+        graph, arrays = neutral.load(path)
+        loaded = cls(graph, arrays)
+        for number, variable in enumerate(loaded._ranges()):
+            variable.assign(arrays[f"range:{number}"])
+        return loaded
+
+    def _ranges(self) -> list[tf.Variable]:
+        own = {id(variable) for variable in self._variables.values()}
+        return [variable for variable in self.model.weights if id(variable) not in own]
+
+    def _wrap(self, node: Node, layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+        rounding = self._rounding[node.name]
+        if rounding == "none":
+            return layer
+        if rounding == "output":
+            config = configs.Default8BitOutputQuantizeConfig()
+        else:
+            config = self._kernel_config(node, layer)
+            if rounding == "fused kernel":
+                layer.activation = NoOpActivation()
+        wrapper = QuantizeWrapperV2(layer, config)
+        self.wrappers.append(wrapper)
+        return wrapper
+
+    def _kernel_config(self, node: Node, layer: tf_keras.layers.Layer):
+        config = self._registry.get_quantize_config(layer)
+        if self._keep_zeros is None or node.kind == "DepthwiseConv2D":  # pruning leaves depthwise kernels alone
+            return config
+        if node.kind == "Conv2DTranspose":
+            if np.any(layer.get_weights()[0] == 0):
+                raise ModelRefused(
+                    f"Quantization-aware training cannot keep the zeros of layer {node.source}",
+                    received=node.kind,
+                    allowed="Conv2D and Dense",
+                    next_step=f"Leave it out of pruning: exclude: [{node.source}]",
+                )
+            return config
+        self.kept.append(node.weights[0])
+        return self._keep_zeros.apply_sparsity_preserve_quantize_config(layer, config)
+
+
+class _TrackingQuantizer(quantizers.MovingAverageQuantizer):
+    """TFMOT's moving average with a decay that can be changed; used in training only, never stored."""
+
+    def __init__(self, decay: tf.Variable):
+        super().__init__(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+        self._decay = decay
+
+    def __call__(self, inputs, training, weights, **kwargs):
+        if training:
+            # int8 needs 0 inside the range.
+            low = tf.minimum(tf.reduce_min(inputs), 0.0)
+            high = tf.maximum(tf.reduce_max(inputs), 0.0)
+            weights["min_var"].assign(self._decay * weights["min_var"] + (1 - self._decay) * low)
+            weights["max_var"].assign(self._decay * weights["max_var"] + (1 - self._decay) * high)
+        return tf.quantization.fake_quant_with_min_max_vars(inputs, weights["min_var"], weights["max_var"], num_bits=8)
+
+
+def _fusable_relu(node: Node) -> bool:
+    settings = node.config
+    plain = not settings.get("negative_slope") and not settings.get("threshold")
+    return node.kind == "ReLU" and plain and settings.get("max_value") in (None, 6.0)

@@ -1,0 +1,50 @@
+"""SavedModel folders: written by Keras 2, loaded by tf_keras in the worker, handed over as .h5."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import keras
+
+from mobile_bench.jobs import run_job
+from tfopt.errors import ModelError
+from tfopt.tfmot.client import ENVIRONMENT, WORKER
+
+_RESAVE = "In the program that made it, save the model as one file: model.save('NAME.keras')"
+TIMEOUT_S = 600
+
+
+def load_saved_model(path: Path, *, trust: bool) -> keras.Model:
+    """The Keras model in a SavedModel folder. Raises ModelError where there is none or trust is missing."""
+    path = Path(path)
+    if not (path / "saved_model.pb").is_file():
+        raise ModelError(
+            "The folder is not a SavedModel: it has no saved_model.pb",
+            received=path,
+            allowed="a folder that Keras 2 wrote with model.save, a .keras or an .h5 file",
+        )
+    if not (path / "keras_metadata.pb").is_file():
+        raise ModelError(
+            "The SavedModel holds a bare function without Keras's description of its layers",
+            received=path,
+            allowed="a folder that Keras 2 wrote with model.save (it has a keras_metadata.pb)",
+            next_step=_RESAVE,
+        )
+    if not trust:
+        raise ModelError(
+            "A SavedModel is a program, which can do anything on this machine once it is loaded",
+            received=path,
+            next_step=f"If you trust whoever made it, say --trust. {_RESAVE}",
+        )
+    with tempfile.TemporaryDirectory(prefix="savedmodel-") as folder:
+        h5 = Path(folder) / "model.h5"
+        job = {"operation": "savedmodel", "path": str(path.resolve()), "h5": str(h5)}
+        run_job(WORKER, job, Path(folder), environment=ENVIRONMENT, timeout_s=TIMEOUT_S)
+        try:
+            return keras.saving.load_model(h5, compile=False, safe_mode=False)
+        except Exception as error:  # noqa: BLE001 - whatever Keras raises here is about this model
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ModelError(
+                "Keras 3 cannot load what Keras 2 saved", received=f"{path} ({line.strip()[:300]})", next_step=_RESAVE
+            ) from error

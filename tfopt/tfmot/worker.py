@@ -1,0 +1,187 @@
+"""The child process in which tf_keras and TFMOT live: `python -m tfopt.tfmot.worker job.json`.
+
+| operation  | reads                                   | leaves                                          |
+|------------|-----------------------------------------|-------------------------------------------------|
+| prune      | model.npz, splits                       | weights.npz                                     |
+| quantize   | model.npz, splits                       | weights.npz, the fake-quantized model           |
+| export     | a fake-quantized model, perhaps a split | an int8 .tflite, the model's outputs, or both   |
+| savedmodel | a SavedModel folder                     | an .h5 file                                     |
+
+The client writes the job and says where everything lies; see client.py for the fields.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["TF_USE_LEGACY_KERAS"] = "1"  # TFMOT's Keras is tf_keras; only ever said in this process
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mobile_bench.files import atomic_path, write_bytes
+from mobile_bench.inputs import InputSpec
+from mobile_bench.jobs import serve
+from tfopt.data.splits import Split
+from tfopt.errors import ConversionError, ModelError, ModelRefused, Problem
+from tfopt.tfmot import neutral
+from tfopt.training import TrainConfig, fit, predict
+
+_CALIBRATION_BATCHES = 10
+_TOLERANCE = 1e-5
+
+
+def main(job: dict, emit: Callable[..., None]) -> dict:
+    operations = {"prune": prune, "quantize": quantize, "export": export, "savedmodel": savedmodel}
+    return operations[job["operation"]](job, emit)
+
+
+def prune(job: dict, emit) -> dict:
+    from tfopt.tfmot.pruning import Pruner
+
+    graph, weights = _model(job)
+    config = TrainConfig.from_dict(job["train"])
+    train = _split(job["splits"]["train"])
+    pruner = Pruner(graph, weights, job["settings"], config.steps_for(len(train)))
+    report = _fit(pruner.model, train, job, config, emit, callbacks=pruner.callbacks())
+    probe = _finish(job, graph, pruner.weights())
+    return {"training": report, "pruned": pruner.pruned, "skipped": pruner.skipped, "probe": probe}
+
+
+def quantize(job: dict, emit) -> dict:
+    from tfopt.tfmot.fakequant import FakeQuantized, unfolded
+
+    graph, weights = _model(job)
+    config = TrainConfig.from_dict(job["train"])
+    train, spec = _split(job["splits"]["train"]), InputSpec.from_dict(job["spec"])
+    quantized = FakeQuantized(graph, weights, keep_zeros=job["keep_zeros"])
+    some = train.balanced(_CALIBRATION_BATCHES * 64)
+    quantized.calibrate((images for images, _ in some.batches(spec, 64)), spec)
+    report = _fit(quantized.model, train, job, config, emit)
+    quantized.save(Path(job["quantized"]))
+    probe = _finish(job, graph, quantized.weights())
+    return {
+        "training": report, "probe": probe, "kept": quantized.kept, "float": unfolded(graph),
+        "quantized": sorted({graph.node(w.layer.name).source for w in quantized.wrappers}),
+    }  # fmt: skip
+
+
+def export(job: dict, emit) -> dict:
+    from tfopt.tfmot.fakequant import FakeQuantized
+
+    model = FakeQuantized.load(Path(job["quantized"])).model
+    spec = InputSpec.from_dict(job["spec"])
+    if job.get("outputs"):
+        emit("progress", doing="predict")
+        outputs = predict(model, _split(job["split"]), spec)
+        with atomic_path(job["outputs"]) as temporary, open(temporary, "wb") as file:
+            np.save(file, outputs)
+    if job.get("tflite"):
+        emit("progress", doing="convert")
+        write_bytes(job["tflite"], _convert(model, spec))
+    return {}
+
+
+def savedmodel(job: dict, emit) -> dict:
+    import tf_keras
+
+    path = job["path"]
+    try:
+        model = tf_keras.models.load_model(path, compile=False)
+    except Exception as error:  # noqa: BLE001 - a damaged folder fails in many ways
+        raise ModelError(
+            "The SavedModel cannot be loaded",
+            received=f"{path} ({_first_line(error)})",
+            next_step="Save it again with Keras, best as one file: model.save('NAME.keras')",
+        ) from error
+    if not isinstance(model, (tf_keras.Sequential, tf_keras.Model)) or not getattr(model, "_is_graph_network", False):
+        raise ModelError(
+            "The SavedModel is not a functional or Sequential Keras model, so its layers cannot be walked",
+            received=f"{path} ({type(model).__name__})",
+            next_step="Rebuild it with keras.Input and keras.Model(inputs, outputs), then copy the weights",
+        )
+    try:
+        with atomic_path(job["h5"]) as temporary:
+            model.save(temporary, save_format="h5", include_optimizer=False)
+    except Problem:
+        raise
+    except Exception as error:  # noqa: BLE001 - a layer that cannot be described fails in its own way
+        raise ModelError(
+            "The SavedModel has layers that cannot be saved as .h5",
+            received=f"{path} ({_first_line(error)})",
+            next_step="Load it in the program that made it and save it with model.save('NAME.keras')",
+        ) from error
+    return {}
+
+
+def _model(job: dict) -> tuple[neutral.Graph, neutral.Weights]:
+    """The job's model, once it is certain that its rebuilt form answers as the user's own does."""
+    from tfopt.tfmot.rebuild import build
+
+    graph, arrays = neutral.load(Path(job["model"]))
+    images, expected = arrays.pop("probe:images"), arrays.pop("probe:outputs")
+    model, _ = build(graph, arrays)
+    difference = float(np.max(np.abs(model(images, training=False).numpy() - expected)))
+    if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+        raise ModelRefused(
+            "The model does not answer the same once it is rebuilt for TFMOT",
+            received=f"{graph.name}, difference {difference:.2g}",
+            allowed=f"{_TOLERANCE:g}",
+            next_step="Use recipes without prune and qat, and report the model's architecture",
+        )
+    return graph, arrays
+
+
+def _finish(job: dict, graph: neutral.Graph, weights: neutral.Weights) -> str:
+    """Write the trained weights with the answers that the user's model must give with them."""
+    from tfopt.tfmot.rebuild import build
+
+    images = neutral.load_arrays(Path(job["model"]))["probe:images"]
+    model, _ = build(graph, weights)
+    outputs = model(images, training=False).numpy()
+    neutral.save_arrays(Path(job["weights"]), {**weights, "probe:images": images, "probe:outputs": outputs})
+    return job["weights"]
+
+
+def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=()) -> dict:
+    import tf_keras
+
+    report = fit(
+        model, train, _split(job["splits"]["validation"]), InputSpec.from_dict(job["spec"]), config, keras=tf_keras,
+        seed=job["seed"], callbacks=callbacks,
+        progress=lambda step, steps, facts: emit("progress", step=step, steps=steps, facts=facts),
+    )  # fmt: skip
+    return report.to_dict()
+
+
+def _split(files: dict) -> Split:
+    arrays = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()}
+    return Split(np.asarray(arrays["labels"]), np.asarray(arrays["hashes"]), arrays.get("images"), arrays.get("paths"))
+
+
+def _convert(model, spec: InputSpec) -> bytes:
+    import tensorflow as tf
+
+    call = tf.function(lambda image: model(image, training=False))
+    # A batch of one, fixed: delegates refuse dynamic shapes.
+    concrete = call.get_concrete_function(tf.TensorSpec((1, *spec.shape), tf.float32, name="image"))
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.inference_input_type = converter.inference_output_type = tf.int8
+    try:
+        return converter.convert()
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ConversionError("The converter refused the model", received=" ".join(lines[:3])[:500]) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+if __name__ == "__main__":
+    serve(main)
