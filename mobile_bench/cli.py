@@ -190,12 +190,13 @@ def _run_table(file: Path, measurement, summary, deadline_fps: float) -> Table:
     mib = lambda count: "unknown" if count is None else f"{count / 2**20:.1f} MiB"
     target, device = measurement.target, measurement.device
     rows = {
-        "Median": f"{_ms(summary.median_ms)} (95% interval {_ms(summary.median_low_ms)} to {_ms(summary.median_high_ms)})",
+        "Median": f"{_ms(summary.median_ms)} (95% interval {_ms(summary.median_low_ms)} to "
+        f"{_ms(summary.median_high_ms)})",
         "p90": _ms(summary.p90_ms),
         "p99": _ms(summary.p99_ms),
         "Load": _ms(measurement.load_ms),
         "First inference": _ms(measurement.first_inference_ms),
-        "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before the file was loaded)",
+        "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
         "Frames per second": f"{summary.fps:,.1f}",
         f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {_ms(summary.p90_ms)}, deadline {_ms(deadline_ms)}",
         "Measured": f"{summary.samples} runs of {measurement.batch} image(s), {target.threads} thread(s), "

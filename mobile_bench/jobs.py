@@ -185,9 +185,9 @@ def _exit_text(code: int) -> str:
     return f"ended with exit code {code} and no result"
 
 
-def _tail(log_file: Path) -> str:
+def _tail(log_file: Path) -> str | None:
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or "no message"
+    return " | ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or None
 
 
 def _python_path() -> str:

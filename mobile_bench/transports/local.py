@@ -20,5 +20,9 @@ class Local:
             try:
                 return run_job("mobile_bench.worker", job, Path(folder), on_progress=on_progress, timeout_s=timeout_s)
             except JobFailed as failure:
-                # The log goes with the folder; its last lines are in the message.
-                raise JobFailed(failure.what, received=failure.received, allowed=failure.allowed) from failure
+                # The log goes with the folder; its last lines are in `received`.
+                raise JobFailed(
+                    failure.what.replace("child process mobile_bench.worker", "measuring process"),
+                    received=failure.received,
+                    next_step="If it crashed, the runtime cannot bear this file: convert it again or try another runtime",
+                ) from failure
