@@ -9,6 +9,8 @@ full resolution there (stride 1); all other strides are the paper's.
 
 from __future__ import annotations
 
+import numbers
+import re
 from collections.abc import Callable
 
 import keras
@@ -165,17 +167,34 @@ BUILDERS: dict[str, Callable[..., keras.Model]] = {
 }
 
 
+def parse(name: str) -> tuple[str, float] | None:
+    """The (architecture, width) of a name that `build` gives, such as 'mobilenet_0p25'; None for others."""
+    for architecture in sorted(BUILDERS, key=len, reverse=True):
+        found = re.fullmatch(re.escape(architecture) + r"(?:_(\d+(?:p\d+)?))?", name)
+        if found:
+            return architecture, float((found[1] or "1").replace("p", "."))
+    return None
+
+
 def build(name: str, shape: tuple[int, int, int], classes: int, width: float = 1.0) -> keras.Model:
     """A fresh model by name: resnet8, resnet20, resnet32, resnet56, mobilenet, mobilenet_v2, mobilenet_v3_small.
 
-    shape: (height, width, channels) of one image. classes: at least 2. width: the channel multiplier.
+    shape: (height, width, channels) of one image, 1 or 3 channels. classes: at least 2. width: the
+    channel multiplier, 0.05 to 4. Raises InputError for anything else.
     """
     if name not in BUILDERS:
-        raise unknown_name("architecture", name, BUILDERS)
-    if classes < 2:
-        raise InputError("A classifier needs at least two classes", received=classes)
-    if not 0.05 <= width <= 4:
-        raise InputError("The width multiplier is out of range", received=width, allowed="0.05 to 4")
+        raise unknown_name("architecture", str(name), BUILDERS)
+    if not _is_whole(classes) or classes < 2:
+        raise InputError("A classifier needs at least two classes", received=repr(classes), allowed="2 and above")
+    if not isinstance(width, (int, float)) or isinstance(width, bool) or not 0.05 <= width <= 4:
+        raise InputError("The width multiplier is out of range", received=repr(width), allowed="0.05 to 4")
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    if len(shape) != 3 or not all(map(_is_whole, shape)) or shape[2] not in (1, 3):
+        raise InputError("This is no image's shape", received=shape, allowed="(height, width, 1 or 3)")
     if min(shape[:2]) < 8:
         raise InputError("The image is too small for this architecture", received=shape, allowed="8 x 8 and above")
-    return BUILDERS[name](shape, classes, width=width)
+    return BUILDERS[name](tuple(map(int, shape)), int(classes), width=width)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

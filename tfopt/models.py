@@ -5,7 +5,7 @@
     loaded.model, loaded.spec
 
 A model file is data, not code: Lambda layers, classes that Keras does not know and pickled arrays
-are refused unless the caller says `trust=True`.
+are refused unless the caller says `trust=True` (see tfopt.modelfiles).
 """
 
 from __future__ import annotations
@@ -13,17 +13,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from mobile_bench.files import atomic_path
 from mobile_bench.inputs import InputSpec, override
+from tfopt import modelfiles
+from tfopt.chance import check_not_by_chance
 from tfopt.errors import InputError, ModelError, unknown_name
+from tfopt.graph import calls, flat_layers, rewrite, uncompiled
+from tfopt.modelfiles import SPEC_MEMBER, first_line
 
-SPEC_MEMBER = "tfopt_input_spec.json"
+__all__ = [
+    "LoadedModel", "adapt", "check_classes", "check_classifier", "check_not_by_chance", "from_keras", "load", "save",
+    "with_labels",
+]  # fmt: skip
+
+#: a server that says nothing for so long is given up.
+SILENCE_SECONDS = 20
 
 #: how each family of keras.applications wants its pixels; 'raw' ones scale inside the model.
 APPLICATION_SCALING = {
@@ -35,6 +49,7 @@ APPLICATION_SCALING = {
            + " ".join(f"EfficientNetV2{size}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")) + " "
            + " ".join(f"ConvNeXt{size}" for size in ("Tiny", "Small", "Base", "Large", "XLarge")),
 }  # fmt: skip
+_ARITHMETIC = ("Add", "Divide", "Multiply", "Subtract", "TrueDivide")
 _SCALING_OF = {name: scaling for scaling, names in APPLICATION_SCALING.items() for name in names.split()}
 
 
@@ -70,7 +85,7 @@ def load(source: str | Path, *, input_spec: str | None = None, trust: bool = Fal
         stored = None
     else:
         path = Path(text).expanduser()
-        model, stored = _from_path(path, trust)
+        model, stored = modelfiles.read(path, trust)
         name = path.parent.name if path.stem == "model" else path.stem
     return from_keras(model, name=name, source=text, stored_spec=stored, input_spec=input_spec)
 
@@ -81,21 +96,34 @@ def from_keras(
 ) -> LoadedModel:  # fmt: skip
     """Wrap a model that is already in memory; raises ModelError if it is no image classifier."""
     check_classifier(model)
+    if not isinstance(model.input_shape, tuple) or not isinstance(model.output_shape, tuple):
+        # Built on a dictionary or list of one tensor: the same graph without it.
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     spec, origin = (stored_spec, "the model file") if stored_spec else _spec_of(model, input_spec)
     if input_spec:
         spec, origin = override(spec, input_spec), "the user"
-    if tuple(model.input_shape[1:]) != spec.shape:
+    if model.input_shape != (None, *spec.shape):
         model = _with_input_shape(model, spec.shape)
-    return LoadedModel(model, spec, _slug(name or model.name), source, origin)
+    loaded = LoadedModel(model, spec, _slug(name or model.name), source, origin)
+    if spec.labels and len(spec.labels) != loaded.classes:
+        raise ModelError(
+            "The input spec does not have one label for each output",
+            received=f"{len(spec.labels)} labels", allowed=f"{loaded.classes} labels, or none",
+        )  # fmt: skip
+    return loaded
 
 
 def save(model: keras.Model, path: str | Path, spec: InputSpec) -> None:
-    """Write a .keras file that carries its InputSpec; any Keras 3 opens it as usual."""
+    """Write a .keras file that carries its InputSpec; any Keras 3 opens it as usual.
+
+    The optimizer's state and the training set-up are left out: the file is what gets shipped.
+    """
     with atomic_path(path) as temporary:
         # Keras insists on the suffix, so the work file gets one and is folded back.
         work = temporary.with_name(temporary.name + ".keras")
         try:
-            model.save(work)
+            with uncompiled(model):
+                model.save(work)
             with zipfile.ZipFile(work, "a") as archive:
                 archive.writestr(SPEC_MEMBER, json.dumps(spec.to_dict()))
             work.replace(temporary)
@@ -116,12 +144,11 @@ def check_classifier(model: keras.Model) -> None:
         )
     if not model.built:
         raise ModelError("The model is not built", received=model.name, next_step="Give its first layer an input shape")
-    shapes = model.input_shape, model.output_shape
     for what, tensors, rank in (("input", model.inputs, 4), ("output", model.outputs, 2)):
-        if len(tensors) != 1 or len(tensors[0].shape) != rank:
+        if len(tensors) != 1 or len(tensors[0].shape) != rank or tensors[0].shape[-1] is None:
             raise ModelError(
                 f"The model's {what} is not that of an image classifier",
-                received=shapes[what == "output"],
+                received=", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "nothing",
                 allowed="one input (batch, height, width, channels) and one output (batch, classes)",
             )
 
@@ -136,85 +163,6 @@ def check_classes(loaded: LoadedModel, class_names: tuple[str, ...]) -> None:
         )
 
 
-def _from_path(path: Path, trust: bool) -> tuple[keras.Model, InputSpec | None]:
-    if not path.exists():
-        raise ModelError("The model file does not exist", received=path, allowed=".keras, .h5 or a SavedModel folder")
-    if path.is_dir():
-        from tfopt.tfmot.savedmodel import load_saved_model
-
-        return load_saved_model(path, trust=trust), None
-    if path.suffix not in (".keras", ".h5", ".hdf5"):
-        hint = "It is already converted: use tfopt evaluate or mobile-bench run" if path.suffix == ".tflite" else None
-        raise ModelError(
-            "The file is not a Keras model", received=path, allowed=".keras, .h5 or a SavedModel folder", next_step=hint
-        )
-    config, spec = _read_keras(path) if path.suffix == ".keras" else (_read_h5(path), None)
-    if not trust:
-        _refuse_foreign(config, path)
-    try:
-        return keras.saving.load_model(path, compile=False, safe_mode=not trust), spec
-    except Exception as error:  # noqa: BLE001 - whatever Keras raises here is about this file
-        raise ModelError("Keras cannot load the model", received=f"{path} ({_first_line(error)})") from error
-
-
-def _read_keras(path: Path) -> tuple[dict, InputSpec | None]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            if broken:
-                raise zipfile.BadZipFile(f"{broken} is damaged")
-            config = json.loads(archive.read("config.json"))
-            spec = json.loads(archive.read(SPEC_MEMBER)) if SPEC_MEMBER in archive.namelist() else None
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ModelError(
-            "The .keras file is damaged, cut short or not a Keras 3 file",
-            received=f"{path} ({_first_line(error)})",
-            next_step="Copy it again, or save it again with model.save('NAME.keras')",
-        ) from error
-    return config, InputSpec.from_dict(spec) if spec else None
-
-
-def _read_h5(path: Path) -> dict:
-    import h5py
-
-    try:
-        with h5py.File(path) as file:
-            config = file.attrs.get("model_config")
-    except OSError as error:
-        raise ModelError("The .h5 file is damaged, cut short or not HDF5", received=f"{path} ({error})") from error
-    if config is None:
-        raise ModelError(
-            "The .h5 file holds weights only", received=path, next_step="Save the whole model: model.save('NAME.keras')"
-        )
-    return json.loads(config)
-
-
-def _refuse_foreign(config: dict, path: Path) -> None:
-    """Refuse whatever is not one of Keras's own classes, before any of it is imported."""
-    for entry in _walk(config):
-        name, module = entry.get("class_name"), entry.get("module")
-        registered = entry.get("registered_name")
-        known = registered and keras.saving.get_registered_object(registered) is not None
-        foreign = module is not None and not known and module.split(".")[0] not in ("keras", "builtins", "tf_keras", "tensorflow")
-        if name in ("Lambda", "__lambda__", "function") or foreign:
-            raise ModelError(
-                "The model file carries code that is not Keras's own",
-                received=f"{path}: {name} {entry.get('config', {}).get('name', '') if isinstance(entry.get('config'), dict) else ''}".rstrip(),
-                next_step="If you trust whoever made the file, say --trust (it may run any code on this machine)",
-            )
-
-
-def _walk(value):
-    if isinstance(value, dict):
-        if isinstance(value.get("class_name"), str):
-            yield value
-        for child in value.values():
-            yield from _walk(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _walk(child)
-
-
 def _application(text: str) -> tuple[keras.Model, str]:
     name, _, weights = text.partition(":")
     known = [n for n in dir(keras.applications) if n[0].isupper()]
@@ -223,13 +171,25 @@ def _application(text: str) -> tuple[keras.Model, str]:
     if weights not in ("", "random"):
         raise ModelError("Unknown weights", received=weights, allowed=f"keras:{name} or keras:{name}:random")
     try:
-        return getattr(keras.applications, name)(weights=None if weights else "imagenet"), name.lower()
-    except Exception as error:  # noqa: BLE001 - download failures come as many types
+        with _impatient():
+            return getattr(keras.applications, name)(weights=None if weights else "imagenet"), name.lower()
+    except Exception as error:
         raise ModelError(
             f"The ImageNet weights of {name} could not be downloaded",
-            received=_first_line(error),
+            received=first_line(error),
             next_step=f"Connect to the internet once, or take random weights: keras:{name}:random",
         ) from error
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Keras downloads without a time limit: a network that swallows everything would hang for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _spec_of(model: keras.Model, input_spec: str | None) -> tuple[InputSpec, str]:
@@ -246,19 +206,43 @@ def _spec_of(model: keras.Model, input_spec: str | None) -> tuple[InputSpec, str
     try:
         spec = InputSpec(int(height), int(width), int(channels), head=_head_of(model))
     except InputError as error:
-        raise ModelError(str(error)) from error
-    layers = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)][:3]
+        raise ModelError(
+            "The model does not take images",
+            received=f"{model.input_shape}: {error}",
+            allowed="(batch, height, width, 1 or 3)",
+        ) from error
+    inside = _scaling_inside(model)
+    if inside:
+        return spec.with_scaling(inside), "the layers"
     application = _application_of(model)
-    if application:
+    if application and _SCALING_OF[application] != "raw":
         return spec.with_scaling(_SCALING_OF[application]), "keras.applications"
-    if any(isinstance(layer, (keras.layers.Rescaling, keras.layers.Normalization)) for layer in layers):
-        return spec.with_scaling("raw"), "the layers"
     return spec.with_scaling("signed"), "an assumption"
 
 
+def _scaling_inside(model: keras.Model) -> str | None:
+    """What the arithmetic before the first kernel takes: 'raw' pixels, 'unit' ones; None without any."""
+    for operation, _, _ in calls(model):
+        if getattr(operation, "kernel", None) is not None:
+            return None
+        if isinstance(operation, keras.layers.Rescaling):
+            return "raw" if np.abs(operation.scale).max() < 0.1 else "unit"
+        if isinstance(operation, keras.layers.Normalization):
+            return "raw" if np.sqrt(np.asarray(operation.variance)).max() > 2 else "unit"
+        if not isinstance(operation, keras.Layer) and type(operation).__name__ in _ARITHMETIC:
+            return "raw"
+    return None
+
+
 def _application_of(model: keras.Model) -> str | None:
-    plain = re.sub(r"[^a-z0-9]", "", re.sub(r"_\d\.\d+_\d+$", "", model.name.lower()))
-    return next((name for name in _SCALING_OF if name.lower() == plain), None)
+    """The keras.applications name of the model, or of the first model inside it."""
+    for candidate in (model, *(layer for layer in model.layers if isinstance(layer, keras.Model))):
+        plain = re.sub(r"[^a-z0-9]", "", re.sub(r"_\d\.\d+_\d+$", "", candidate.name.lower()))
+        plain = {"nasnet": "nasnetmobile"}.get(plain, plain)
+        found = next((name for name in _SCALING_OF if name.lower() == plain), None)
+        if found:
+            return found
+    return None
 
 
 def _head_of(model: keras.Model) -> str:
@@ -271,15 +255,96 @@ def _head_of(model: keras.Model) -> str:
     return {"softmax": "softmax", "sigmoid": "sigmoid"}.get(activation, "logits")
 
 
-def _with_input_shape(model: keras.Model, shape: tuple[int, int, int]) -> keras.Model:
+def _with_input_shape(model: keras.Model, shape: tuple[int, int, int], *, copy_all: bool = True) -> keras.Model:
+    """The same layers on images of another shape, with their weights (or those that still fit)."""
+    name = model.inputs[0].name.split(":")[0]
     try:
-        resized = keras.models.clone_model(model, input_tensors=keras.Input(shape, name=model.inputs[0].name.split(":")[0]))
-        resized.set_weights(model.get_weights())
-    except Exception as error:  # noqa: BLE001 - a shape that does not fit fails in many ways
+        resized = keras.models.clone_model(model, input_tensors=keras.Input(shape, name=name))
+        if copy_all:
+            resized.set_weights(model.get_weights())
+    except Exception as error:
         raise ModelError(
-            "The model cannot take images of that size", received=f"{shape} ({_first_line(error)})", allowed=model.input_shape[1:]
+            "The model cannot take images of that size",
+            received=f"{shape} ({first_line(error)})",
+            allowed=model.input_shape[1:],
         ) from error
+    if not copy_all:
+        _copy_matching(model, resized)
     return resized
+
+
+def adapt(
+    loaded: LoadedModel, classes: Sequence[str] | int, *, shape: tuple[int, int, int] | None = None, seed: int = 0
+) -> LoadedModel:  # fmt: skip
+    """The same network with a new head for other classes, and for images of another shape if asked.
+
+    classes: their names, or how many. shape: (height, width, channels), by default as it is. One of our
+    own architectures is built anew for another shape, since its stem depends on it; any other network
+    keeps its layers. Copied is every weight that has the same shape in a layer of the same name:
+    all but the head, and the stem where the channels differ. New weights are drawn from `seed`.
+    Raises ModelError where the network does not end in a Dense layer or cannot take that shape.
+    """
+    count = classes if isinstance(classes, int) else len(classes)
+    if count < 2:
+        raise InputError("A classifier needs at least two classes", received=count)
+    keras.utils.set_random_seed(seed)
+    spec = dataclasses.replace(loaded.spec, labels=() if isinstance(classes, int) else tuple(classes))
+    shape = tuple(shape or spec.shape)
+    if spec.head == "sigmoid" and loaded.model.output_shape[-1] == 1:
+        spec = dataclasses.replace(spec, head="softmax")
+    model = loaded.model
+    if shape != spec.shape:
+        model = _rebuilt(loaded, shape) or _with_input_shape(model, shape, copy_all=False)
+        spec = _with_shape(spec, shape)
+    model = _with_head(model, count, spec.head)
+    return dataclasses.replace(loaded, model=model, spec=spec, source=f"{loaded.source} with a new head")
+
+
+def _rebuilt(loaded: LoadedModel, shape: tuple[int, int, int]) -> keras.Model | None:
+    """One of our own architectures for another shape, weights copied where they fit; None for any other model."""
+    from tfopt import builders
+
+    known = builders.parse(loaded.model.name)
+    if known is None:
+        return None
+    architecture, width = known
+    same = builders.build(architecture, loaded.spec.shape, loaded.classes, width)
+    if [w.shape for w in same.get_weights()] != [w.shape for w in loaded.model.get_weights()]:
+        return None
+    rebuilt = builders.build(architecture, shape, loaded.classes, width)
+    _copy_matching(loaded.model, rebuilt)
+    return rebuilt
+
+
+def _with_head(model: keras.Model, units: int, head: str) -> keras.Model:
+    kernels = [layer for layer in flat_layers(model) if getattr(layer, "kernel", None) is not None]
+    if not kernels or not isinstance(kernels[-1], keras.layers.Dense):
+        raise ModelError(
+            "The model does not end in a Dense layer, so it cannot get another head",
+            received=kernels[-1].name if kernels else model.name,
+        )
+    old = kernels[-1]
+    config = {**old.get_config(), "units": units}
+    if old.units == 1 and head == "softmax":
+        config["activation"] = "softmax"
+    return rewrite(model, {old.name: [keras.layers.Dense.from_config(config)]})
+
+
+def _with_shape(spec: InputSpec, shape: tuple[int, int, int]) -> InputSpec:
+    height, width, channels = shape
+    scaling = spec.scaling
+    if channels != spec.channels and scaling != "custom":
+        plain = dataclasses.replace(spec, mean=(0.0,), std=(1.0,), order="rgb", channels=channels)
+        spec = plain.with_scaling(scaling)
+    return dataclasses.replace(spec, height=height, width=width, channels=channels)
+
+
+def _copy_matching(source: keras.Model, target: keras.Model) -> None:
+    weights = {layer.name: layer.weights for layer in flat_layers(source)}
+    for layer in flat_layers(target):
+        for mine, theirs in zip(layer.weights, weights.get(layer.name, ())):
+            if mine.shape == theirs.shape:
+                mine.assign(theirs)
 
 
 def with_labels(loaded: LoadedModel, class_names: tuple[str, ...]) -> LoadedModel:
@@ -291,8 +356,3 @@ def with_labels(loaded: LoadedModel, class_names: tuple[str, ...]) -> LoadedMode
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -8,9 +8,11 @@ that wants another loss passes a loss hook instead of writing a loop.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from mobile_bench.inputs import InputSpec
+from tfopt import objectives
 from tfopt.data.augment import AUGMENTATIONS
 from tfopt.data.splits import Split
-from tfopt.errors import InputError, TrainingError, unknown_name
+from tfopt.errors import InputError, Problem, TrainingError, unknown_name
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "constant", "exponential")
@@ -40,7 +43,8 @@ class TrainConfig:
     to it over `warmup` (a fraction of all steps) and falls to 0, 'exponential' falls to a hundredth.
     `weight_decay` is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101). `patience` ends the
     training after that many evaluations on validation without progress and returns to the best
-    weights; 0 trains to the end. Validation runs once an epoch, or `evaluations` times in all.
+    weights; 0 trains to the end. Validation runs once an epoch, or `evaluations` times in all, on
+    `validation_images` of the split, as many of each class as there are (None: on all of them).
     `loss` 'crossentropy' follows the head: categorical for softmax and logits, binary for sigmoid.
     """
 
@@ -58,6 +62,7 @@ class TrainConfig:
     augmentation: str = "none"
     patience: int = 0
     evaluations: int | None = None
+    validation_images: int | None = None
     clip_norm: float | None = None
 
     def __post_init__(self):
@@ -72,40 +77,55 @@ class TrainConfig:
         if self.epochs is not None and self.steps is not None:
             raise InputError("Training has both epochs and steps", received=self, allowed="one of them")
         limits = [
-            ("epochs", self.epochs, 0, math.inf), ("steps", self.steps, 0, math.inf), ("batch_size", self.batch_size, 0, 65536),
+            ("epochs", self.epochs, 0, math.inf), ("steps", self.steps, 0, math.inf),
+            ("batch_size", self.batch_size, 0, 65536),
             ("learning_rate", self.learning_rate, 0, 100), ("clip_norm", self.clip_norm, 0, math.inf),
-            ("evaluations", self.evaluations, 0, 1000),
+            ("evaluations", self.evaluations, 0, 1000), ("validation_images", self.validation_images, 0, math.inf),
         ]  # fmt: skip
         for name, value, low, high in limits:
-            if value is not None and not (_is_number(value) and low < value <= high):
-                raise InputError(f"{name} is out of range", received=repr(value), allowed=f"a number above {low}")
+            required = name in ("batch_size", "learning_rate")
+            if (required or value is not None) and not (_is_number(value) and low < value <= high):
+                upper = "" if high == math.inf else f" and at most {high}"
+                raise InputError(
+                    f"{name} is out of range", received=repr(value), allowed=f"a number above {low}{upper}"
+                )
         for name in ("warmup", "label_smoothing", "momentum", "weight_decay"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value < 1):
                 raise InputError(f"{name} is out of range", received=repr(value), allowed="0 to below 1")
-        for name in ("steps", "batch_size", "patience", "evaluations"):
+        if not (_is_number(self.patience) and self.patience >= 0):
+            raise InputError("patience is out of range", received=repr(self.patience), allowed="0 and above")
+        for name in ("steps", "batch_size", "patience", "evaluations", "validation_images"):
             value = getattr(self, name)
             if value is not None and value != int(value):
                 raise InputError(f"{name} is not a whole number", received=repr(value))
+            object.__setattr__(self, name, None if value is None else int(value))
 
     def steps_for(self, images: int) -> int:
         """How many batches this training takes on a split of that many images."""
         if self.steps is not None:
-            return int(self.steps)
+            return self.steps
         return max(1, round((self.epochs or 1) * max(1, images // min(self.batch_size, images))))
 
     @classmethod
     def from_dict(cls, values: dict) -> TrainConfig:
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise unknown_name("training setting", str(name), known)
+        """From a recipe's text. YAML reads 1e-3 as a word, so words that are numbers count as numbers."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        values = dict(values)
+        for name, value in values.items():
+            if name not in fields:
+                raise unknown_name("training setting", str(name), fields)
+            if isinstance(value, str) and "str" not in fields[name].type:
+                try:
+                    values[name] = float(value)
+                except ValueError:
+                    raise InputError(f"{name} is not a number", received=repr(value)) from None
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did. Accuracies are fractions on the validation split."""
+    """What a training did. Accuracies are fractions of `validation_images` images of validation."""
 
     steps: int
     images_seen: int
@@ -115,6 +135,7 @@ class TrainReport:
     accuracy_after: float
     history: tuple[dict, ...]
     stopped_early: bool
+    validation_images: int
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -136,30 +157,42 @@ def fit(
     """Train `model` in place.
 
     keras: the module the model belongs to (keras, or tf_keras inside the worker). callbacks: that
-    module's own. Raises TrainingError when the loss stops being a number, with the step.
+    module's own; an epoch to them is what lies between two evaluations. progress: called every ten
+    steps with {'what', 'loss', 'evaluation'}, after an evaluation with 'validation' as well.
+    Raises TrainingError when the loss stops being a number, with the step, and DataError with the
+    file's name when an image cannot be read.
     """
     keras.utils.set_random_seed(seed)
+    _check_fit(model, train, spec)
+    if config.validation_images:
+        validation = validation.balanced(config.validation_images)
     steps = config.steps_for(len(train))
     images_per_epoch = max(1, len(train) // min(config.batch_size, len(train)))
     evaluations = min(steps, config.evaluations or max(1, round(steps / images_per_epoch)))
     edges = np.linspace(0, steps, evaluations + 1).round().astype(int)
+    outputs = int(model.output_shape[-1])
     model.compile(
-        optimizer=_optimizer(keras, config, steps),
-        loss=_loss(keras, config, spec.head, int(model.output_shape[-1])),
-        metrics=["accuracy"],
+        optimizer=objectives.optimizer(keras, config, steps),
+        loss=objectives.loss(keras, config, spec.head, outputs),
+        metrics=[objectives.metric(keras, spec.head, outputs)],
         jit_compile=False,
     )
-    batches = iter(train.stream(spec, config.batch_size, augmentation=config.augmentation, seed=seed))
-    before = accuracy(model, validation, spec)
+    model.stop_training = False
+    graph = traced(model, spec)
+    failures: list[Problem] = []
+    batches = iter(
+        train.stream(spec, config.batch_size, augmentation=config.augmentation, seed=seed, failures=failures)
+    )
+    before = accuracy(model, validation, spec, graph=graph)
     best, best_weights, misses, history = -1.0, None, 0, []
     started = time.monotonic()
-    with _hooked(model, loss_hook):
+    with _hooked(model, loss_hook), _reading(failures):
         runner = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=evaluations, steps=steps)
         model.make_train_function()
         train_step = model.train_function
         runner.on_train_begin()
         done = 0
-        for evaluation, (start, stop) in enumerate(zip(edges[:-1], edges[1:])):
+        for evaluation, (start, stop) in enumerate(itertools.pairwise(edges)):
             runner.on_epoch_begin(evaluation)
             model.reset_metrics()
             for step in range(start, stop):
@@ -176,24 +209,28 @@ def fit(
                             next_step="Lower learning_rate, or set clip_norm to 1",
                         )
                     if progress:
-                        progress(done, steps, {"loss": loss, "evaluation": evaluation})
-            score = accuracy(model, validation, spec)
+                        progress(done, steps, {"what": "training", "loss": loss, "evaluation": evaluation})
+                if getattr(model, "stop_training", False):
+                    break
+            score = accuracy(model, validation, spec, graph=graph)
             logs = {**{k: float(v) for k, v in logs.items()}, "val_accuracy": score}
             history.append({"step": int(done), **logs})
             if progress:
-                progress(done, steps, {"loss": logs["loss"], "validation": score, "evaluation": evaluation})
+                facts = {"what": "training", "loss": logs["loss"], "validation": score, "evaluation": evaluation}
+                progress(done, steps, facts)
             runner.on_epoch_end(evaluation, logs)
             if config.patience:
                 if score > best:
                     best, best_weights, misses = score, model.get_weights(), 0
                 else:
                     misses += 1
-            if misses and misses >= config.patience or getattr(model, "stop_training", False):
+            if (misses and misses >= config.patience) or getattr(model, "stop_training", False):
                 break
         runner.on_train_end()
-    if best_weights is not None and best > history[-1]["val_accuracy"]:
+    after = history[-1]["val_accuracy"]
+    if best > after:
         model.set_weights(best_weights)
-    after = max(best, history[-1]["val_accuracy"]) if config.patience else history[-1]["val_accuracy"]
+        after = best
     return TrainReport(
         steps=int(done),
         images_seen=int(done * min(config.batch_size, len(train))),
@@ -203,21 +240,60 @@ def fit(
         accuracy_after=after,
         history=tuple(history),
         stopped_early=done < steps,
+        validation_images=len(validation),
     )
 
 
-def predict(model, split: Split, spec: InputSpec, batch_size: int = 256) -> np.ndarray:
-    """The model's outputs on a split, float32 (count, classes), without Keras's predict machinery."""
+def recalibrate(
+    model, train: Split, spec: InputSpec, *, keras: ModuleType, batches: int = 16, batch_size: int = 128
+) -> None:
+    """Set every batch norm's moving statistics anew, as plain averages over some training batches.
+
+    After surgery on kernels the old statistics describe another network, and at the usual momentum
+    of 0.99 a short fine-tuning would end before they have caught up.
+    """
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    momenta = [layer.momentum for layer in norms]
+    if not norms:
+        return
+    # Class folders lie one class after the other, and the variance within one class is not that of all.
+    sample = train.balanced(batches * batch_size)
+    sample = sample.subset(np.argsort(sample.hashes, kind="stable"))
+    try:
+        for count, (images, _) in enumerate(sample.batches(spec, batch_size)):
+            for layer in norms:
+                layer.momentum = count / (count + 1)
+            model(images, training=True)
+    finally:
+        for layer, momentum in zip(norms, momenta):
+            layer.momentum = momentum
+
+
+def predict(
+    model, split: Split, spec: InputSpec, batch_size: int = 256, *, graph: Callable | None = None
+) -> np.ndarray:
+    """The model's outputs on a split, float32 (count, classes), without Keras's predict machinery.
+
+    graph: what `traced(model, spec)` gave, where one model is asked many times.
+    """
     import tensorflow as tf
 
-    call = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    outputs = [call(tf.constant(images)).numpy() for images, _ in split.batches(spec, batch_size)]
+    graph = graph or traced(model, spec)
+    outputs = [graph(tf.constant(images)).numpy() for images, _ in split.batches(spec, batch_size)]
     return np.concatenate(outputs).astype(np.float32)
 
 
-def accuracy(model, split: Split, spec: InputSpec) -> float:
+def traced(model, spec: InputSpec) -> Callable:
+    """The model as one graph for batches of any size; it reads the weights as they are at each call."""
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec((None, *spec.shape), tf.float32)]
+    return tf.function(lambda images: model(images, training=False), input_signature=signature)
+
+
+def accuracy(model, split: Split, spec: InputSpec, *, graph: Callable | None = None) -> float:
     """Top-1 accuracy as a fraction."""
-    return float(np.mean(classify(predict(model, split, spec), spec) == split.labels))
+    return float(np.mean(classify(predict(model, split, spec, graph=graph), spec) == split.labels))
 
 
 def classify(outputs: np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -226,6 +302,37 @@ def classify(outputs: np.ndarray, spec: InputSpec) -> np.ndarray:
         threshold = 0.5 if spec.head == "sigmoid" else 0.0
         return (outputs[:, 0] > threshold).astype(np.int64)
     return outputs.argmax(-1)
+
+
+def _uncompile(model) -> None:
+    """Drop the training set-up: its loss is a closure that no file can hold, its optimizer triples the file."""
+    model.compiled = False
+    model.optimizer = None
+
+
+def _check_fit(model, train: Split, spec: InputSpec) -> None:
+    if tuple(model.input_shape[1:]) != spec.shape:
+        raise TrainingError(
+            "The images do not fit the model", received=f"input spec {spec.shape}", allowed=tuple(model.input_shape[1:])
+        )
+    classes = max(2, int(model.output_shape[-1]))
+    if int(train.labels.max()) >= classes:
+        raise TrainingError(
+            "A label has no output in the model", received=f"label {train.labels.max()}", allowed=f"0 to {classes - 1}"
+        )
+
+
+@contextmanager
+def _reading(failures: list[Problem]):
+    """TensorFlow reports what went wrong inside its pipeline as text; give back the error itself."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if failures:
+            raise failures[0] from error
+        raise
 
 
 class _hooked:
@@ -248,54 +355,6 @@ class _hooked:
         if self.hook is not None:
             object.__delattr__(self.model, "compute_loss")
             self.model.train_function = None
-
-
-def _optimizer(keras: ModuleType, config: TrainConfig, steps: int):
-    schedules = keras.optimizers.schedules
-    rate: Any = config.learning_rate
-    if config.schedule == "cosine":
-        warmup = round(config.warmup * steps)
-        rate = schedules.CosineDecay(
-            rate / 20 if warmup else rate, max(1, steps - warmup), warmup_target=rate if warmup else None, warmup_steps=warmup
-        )
-    elif config.schedule == "exponential":
-        rate = schedules.ExponentialDecay(rate, steps, 0.01)
-    common = {"learning_rate": rate, "weight_decay": config.weight_decay or None, "clipnorm": config.clip_norm}
-    if config.optimizer == "sgd":
-        return keras.optimizers.SGD(momentum=config.momentum, nesterov=config.momentum > 0, **common)
-    if config.optimizer == "rmsprop":
-        return keras.optimizers.RMSprop(momentum=config.momentum, **common)
-    if config.optimizer == "adamw":
-        return keras.optimizers.AdamW(**{**common, "weight_decay": config.weight_decay})
-    return keras.optimizers.Adam(**common)
-
-
-def _loss(keras: ModuleType, config: TrainConfig, head: str, classes: int):
-    import tensorflow as tf
-
-    binary = classes == 1
-    losses = keras.losses
-    from_logits = head == "logits"
-
-    def prepare(labels, outputs):
-        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
-        if binary:
-            return tf.cast(labels, outputs.dtype)[:, None]
-        return tf.one_hot(labels, classes, dtype=outputs.dtype)
-
-    if config.loss == "mse":
-        function = losses.MeanSquaredError()
-    elif config.loss == "focal":
-        kind = losses.BinaryFocalCrossentropy if binary or head == "sigmoid" else losses.CategoricalFocalCrossentropy
-        function = kind(from_logits=from_logits, label_smoothing=config.label_smoothing)
-    else:
-        kind = losses.BinaryCrossentropy if binary or head == "sigmoid" else losses.CategoricalCrossentropy
-        function = kind(from_logits=from_logits, label_smoothing=config.label_smoothing)
-
-    def loss(labels, outputs):
-        return function(prepare(labels, outputs), outputs)
-
-    return loss
 
 
 def _is_number(value) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +12,8 @@ import numpy as np
 
 from mobile_bench.files import atomic_path
 from tfopt.data.cache import cache_folder
-from tfopt.data.splits import hash64, text_hashes
+from tfopt.data.splits import Progress, hash64, text_hashes
 from tfopt.errors import DataError, InputError
-
-#: (done, total, facts) -> None; facts['what'] says what is going on.
-Progress = Callable[[int, int, dict], None]
 
 _CHUNK = 2048
 #: how a whole file of that format ends; such a file need not be decoded to be believed.

@@ -1,0 +1,85 @@
+"""Is a model better than guessing? If not, its pixels are probably scaled in another way than it was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mobile_bench.inputs import SCALINGS
+from mobile_bench.stats import wilson_interval
+from tfopt import training
+from tfopt.errors import ModelError
+
+if TYPE_CHECKING:
+    from tfopt.data import Split
+    from tfopt.models import LoadedModel
+
+#: up to this part of the way from guessing to perfect counts as guessing.
+NEAR = 0.05
+#: images on which the other scalings are tried.
+TRIAL_IMAGES = 300
+
+
+def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
+    """The accuracy on `split` (validation) as a fraction; raises ModelError if the model seems to guess.
+
+    Judged is the mean of the classes' accuracies, which is 1/classes for any model that guesses or
+    names one class only, however uneven the classes are. It is near chance when it lies at most a
+    twentieth of the way from there to 1 and the 99% interval (Wilson 1927) does not reach half of the
+    way; a handful of images never stops anything. The error names the scaling that does best on a few
+    hundred of the images, and the flag to pass.
+    """
+    graph = training.traced(loaded.model, loaded.spec)
+    named = training.classify(training.predict(loaded.model, split, loaded.spec, graph=graph), loaded.spec)
+    right = named == split.labels
+    accuracy = float(right.mean())
+    score, chance = _mean_of_classes(right, split.labels), 1 / loaded.classes
+    _, upper = wilson_interval(round(score * len(split)), len(split), 0.99)
+    if not _near(score, chance) or upper > (1 + chance) / 2:
+        return accuracy
+    raise ModelError(
+        "The model does no better than guessing on the validation images",
+        received=f"{accuracy:.1%} right of {len(split)} images with scaling {loaded.spec.scaling}, "
+        f"which is {loaded.spec_from}'s word; guessing gives {chance:.1%}",
+        next_step=_advice(loaded, split, graph, chance) or _other_order(named, split.labels, chance)
+        or "No other scaling helps: check that the model was trained for these classes, in this order",
+    )  # fmt: skip
+
+
+def _advice(loaded: LoadedModel, split: Split, graph, chance: float) -> str | None:
+    trial = split.balanced(TRIAL_IMAGES)
+    scores = {}
+    for name in SCALINGS:
+        spec = loaded.spec.with_scaling(name)
+        named = training.classify(training.predict(loaded.model, trial, spec, graph=graph), spec)
+        scores[name] = _mean_of_classes(named == trial.labels, trial.labels)
+    best = max(scores, key=scores.get)
+    if _near(scores[best], chance):
+        return None
+    return (
+        f"The likely scaling is {best}, which gets {scores[best]:.1%} of {len(trial)} of them right: "
+        f"pass --input-spec scaling={best}"
+    )
+
+
+def _other_order(named: np.ndarray, labels: np.ndarray, chance: float) -> str | None:
+    """A sentence if the outputs would be right with the classes in another order."""
+    counts = np.zeros((int(named.max()) + 1, int(labels.max()) + 1), np.int64)
+    np.add.at(counts, (named, labels), 1)
+    classes = counts.argmax(1)[counts.sum(1) > 0]
+    found = counts.max(1).sum() / len(labels)
+    if len(set(classes)) < len(classes) or len(classes) < 2 or _near(found, max(chance, 0.5)):
+        return None
+    return (
+        f"Its outputs follow the classes in another order: {found:.1%} would be right in that order. "
+        "The data's classes are sorted by name; rename the class folders to the model's order"
+    )
+
+
+def _near(score: float, chance: float) -> bool:
+    return score <= chance + NEAR * (1 - chance)
+
+
+def _mean_of_classes(right: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
