@@ -7,6 +7,7 @@ depends on how many there are. Running this module is the child's side of `evalu
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
@@ -187,10 +188,12 @@ class _Evaluator:
         self._check(model)
         self.predictions = np.empty(count, np.int64)
         image_s = self._probe(model)
-        image_bytes = 4 * int(np.prod(self.spec.shape))
-        self.chunk = max(1, min(256, int(_CHUNK_S / image_s), _CHUNK_BYTES // image_bytes))
-        workers = self.workers or choose_workers((count - self._next) * image_s, opened_s, usable_cores())
-        self._share(model, workers)
+        workers, left = 1, count - self._next
+        if left:
+            images_that_fit = _CHUNK_BYTES // (4 * math.prod(self.spec.shape))
+            self.chunk = max(1, min(256, int(_CHUNK_S / image_s), images_that_fit))
+            workers = self.workers or choose_workers(left * image_s, opened_s, usable_cores())
+            self._share(model, workers)
         if self.progress:
             self.progress(count, count)
         return Evaluation(
@@ -210,7 +213,7 @@ class _Evaluator:
                 next_step="Correct the spec with --input-spec size=…",
             )
         shape = model.outputs[0].shape if len(model.outputs) == 1 else ()
-        if not shape or np.prod(shape[:-1]) != 1 or shape[-1] < 1:
+        if not shape or math.prod(shape[:-1]) != 1 or shape[-1] < 1:
             raise ModelRefused(
                 "The file is not an image classifier",
                 received="outputs of shape " + ", ".join(str(tensor.shape) for tensor in model.outputs),
@@ -224,11 +227,11 @@ class _Evaluator:
                 next_step="Say what it is with --input-spec head=sigmoid (or head=logits)",
             )
         classes = max(2, outputs)
-        wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
-        if len(wrong):
-            raise DataError(
-                "A label is not one of the model's classes", received=int(wrong[0]), allowed=f"0 to {classes - 1}"
-            )
+        for label in (int(self.labels.min()), int(self.labels.max())):
+            if not 0 <= label < classes:
+                raise DataError(
+                    "A label is not one of the model's classes", received=label, allowed=f"0 to {classes - 1}"
+                )
         if self.spec.labels and len(self.spec.labels) != classes:
             raise InputError(
                 "The input spec names another number of classes than the file has",
@@ -237,17 +240,27 @@ class _Evaluator:
             )
 
     def _probe(self, model: Model) -> float:
-        """Answer the first images and say what one takes, in seconds. The very first also warms up."""
-        self._answer(model, 0, 1)
-        started, done = time.perf_counter(), 1
-        while done < min(1 + _PROBE_IMAGES, len(self.images)) and time.perf_counter() - started < _PROBE_S:
-            self._answer(model, done, done + 1)
-            done += 1
-        self._next = self._done = done
-        return max((time.perf_counter() - started) / max(1, done - 1), 1e-6)
+        """Answer the first images and say what one takes, in seconds. The very first only warms up.
+
+        The second gives a first idea, and where that is cheap a few more together give a better one.
+        """
+        image_s, end = 1e-6, 0
+        for images in (1, 1, _PROBE_IMAGES):
+            start, end = end, min(end + images, len(self.images))
+            if start == end or images * image_s > _PROBE_S:
+                end = start
+                break
+            started = time.perf_counter()
+            self._answer(model, start, end)
+            image_s = max((time.perf_counter() - started) / (end - start), 1e-6)
+        self._next = self._done = end
+        return image_s
 
     def _share(self, model: Model, workers: int) -> None:
-        with ThreadPoolExecutor(max(1, workers - 1)) as pool:
+        if workers == 1:
+            self._work(model)
+            return
+        with ThreadPoolExecutor(workers - 1) as pool:
             others = [pool.submit(self._work, None) for _ in range(workers - 1)]
             self._work(model)
             for other in others:
@@ -285,7 +298,7 @@ class _Evaluator:
             model.set_inputs(values[index : index + 1])
             model.run()
             rows.append(model.get_outputs()[0].reshape(-1))
-        outputs = dequantize(np.stack(rows), model.outputs[0])
+        outputs = dequantize(np.array(rows), model.outputs[0])
         if np.isnan(outputs).any():
             raise ModelRefused(
                 "The file answers with values that are not numbers (NaN)",

@@ -6,6 +6,7 @@ float32 values through it, quantizing and dequantizing as the file demands.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -115,6 +116,7 @@ def open_model(
     return Model(found, interpreter)
 
 
+@functools.cache
 def load_runtime(name: str = "auto") -> Runtime:
     """The runtime of that name, or for 'auto' the first that is installed and works."""
     if name != "auto" and name not in RUNTIMES:

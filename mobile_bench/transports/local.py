@@ -24,5 +24,5 @@ class Local:
                 raise JobFailed(
                     failure.what.replace("child process mobile_bench.worker", "measuring process"),
                     received=failure.received,
-                    next_step="If it crashed, the runtime cannot bear this file: convert it again or try another runtime",
+                    next_step="If it crashed, the runtime cannot bear this file: convert it again or try another one",
                 ) from failure

@@ -3,7 +3,7 @@
 from mobile_bench.device import describe, peak_rss_bytes, usable_cores
 
 PI = {
-    "proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 108.00\n\nHardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
+    "proc/cpuinfo": "processor\t: 0\n\nHardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
     "proc/meminfo": "MemTotal:        3884352 kB\nMemFree:  100 kB\n",
     "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
     "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",

@@ -118,7 +118,7 @@ def test_logits(tiny):
 
 
 def test_labels_that_do_not_fit(tiny):
-    with pytest.raises(DataError, match="Received: 4. Allowed: 0 to 3"):
+    with pytest.raises(DataError, match=r"Received: 4\. Allowed: 0 to 3"):
         evaluate(tiny.path("float32"), tiny.images[:2], np.array([0, 4]), SPEC)
     with pytest.raises(DataError, match="Labels do not fit"):
         evaluate(tiny.path("float32"), tiny.images[:3], np.array([0, 1]), SPEC)

@@ -51,7 +51,7 @@ def test_several_inputs_and_outputs(tiny):
     (both,), (left,) = pair.invoke(given, given), pair.invoke(given, 0 * given)
     assert both.shape == (1, 3) and not np.allclose(both, left)
     assert sorted(t.shape for t in open_model(tiny.path("two_outputs")).outputs) == [(1, 10, 10, 2), (1, 432)]
-    with pytest.raises(ModelRefused, match="Received: 1. Allowed: 2"):
+    with pytest.raises(ModelRefused, match=r"Received: 1\. Allowed: 2"):
         pair.invoke(given)
 
 

@@ -90,7 +90,7 @@ def test_a_problem_comes_back_as_itself(child):
 
 
 def test_a_bug_is_one_sentence_here_and_a_traceback_in_the_log(child):
-    with pytest.raises(JobFailed, match="ZeroDivisionError.*seven by zero") as caught:
+    with pytest.raises(JobFailed, match=r"ZeroDivisionError.*seven by zero") as caught:
         child("bug")
     assert "Traceback" not in str(caught.value)
     assert "Traceback" in (child.folder / "log.txt").read_text()
@@ -102,7 +102,7 @@ def test_a_crash_is_named_by_its_signal(child):
 
 
 def test_an_early_end_shows_the_last_words(child):
-    with pytest.raises(JobFailed, match="exit code 3 and no result.*last words"):
+    with pytest.raises(JobFailed, match=r"exit code 3 and no result.*last words"):
         child("quit")
 
 
