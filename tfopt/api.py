@@ -1,11 +1,11 @@
 """The Python face of tfopt, the same few nouns as on the command line.
 
-    import tfopt
+import tfopt
 
-    data = tfopt.data.load("photos/")
-    variants = tfopt.optimize("mine.keras", data, "distill_prune_qat")
-    for entry in variants:
-        print(entry.variant.name, entry.quality().top1, entry.tflite)
+data = tfopt.data.load("photos/")
+variants = tfopt.optimize("mine.keras", data, "distill_prune_qat")
+for entry in variants:
+    print(entry.variant.name, entry.quality().top1, entry.tflite)
 """
 
 from __future__ import annotations
@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 
 
 def optimize(
-    model, data: ImageData | str, recipe: Recipe | str | Sequence = "baseline", *, out: str | Path = "saved_models/optimized",
-    training: dict[str, dict] | None = None, callbacks: Sequence = (), input_spec: str | None = None, trust: bool = False,
-    seed: int = 0, on_event=None,
-) -> tuple[Entry, ...]:  # fmt: skip
+    model,
+    data: ImageData | str,
+    recipe: Recipe | str | Sequence = "baseline",
+    *,
+    out: str | Path = "saved_models/optimized",
+    training: dict[str, dict] | None = None,
+    callbacks: Sequence = (),
+    input_spec: str | None = None,
+    trust: bool = False,
+    seed: int = 0,
+    on_event=None,
+) -> tuple[Entry, ...]:
     """Apply one recipe or several to a model and export its variants, without measuring their speed.
 
     model: a keras.Model, a path or 'keras:NAME'. data: an ImageData, a name or a folder. recipe: a name,
@@ -35,18 +43,39 @@ def optimize(
     train here (the steps that run in the TFMOT worker refuse them). Returns one entry a variant, failed
     ones included; raises a Problem when nothing can be done at all.
     """
-    made = run_study([model], data, recipe, out=out, training=training, callbacks=callbacks, input_spec=input_spec,
-                     trust=trust, seed=seed, on_event=on_event, targets=())  # fmt: skip
+    made = run_study(
+        [model],
+        data,
+        recipe,
+        out=out,
+        training=training,
+        callbacks=callbacks,
+        input_spec=input_spec,
+        trust=trust,
+        seed=seed,
+        on_event=on_event,
+        targets=(),
+    )
     wanted = set(made.record.expected)
     return tuple(e for e in made.entries if f"{e.variant.model}/{e.variant.name}" in wanted)
 
 
 def run_study(
-    models: Sequence, data: ImageData | str, recipes: Recipe | str | Sequence = "baseline", *, out: str | Path,
-    targets: Sequence[Target] = (Target(),), training: dict[str, dict] | None = None, callbacks: Sequence = (),
-    input_spec: str | None = None, trust: bool = False, seed: int = 0, deadline_fps: float = 30.0, runs: int = 50,
+    models: Sequence,
+    data: ImageData | str,
+    recipes: Recipe | str | Sequence = "baseline",
+    *,
+    out: str | Path,
+    targets: Sequence[Target] = (Target(),),
+    training: dict[str, dict] | None = None,
+    callbacks: Sequence = (),
+    input_spec: str | None = None,
+    trust: bool = False,
+    seed: int = 0,
+    deadline_fps: float = 30.0,
+    runs: int = 50,
     on_event=None,
-) -> Study:  # fmt: skip
+) -> Study:
     """Recipes x models x targets: export, attest and measure, into the folder `out`; see tfopt.study."""
     from tfopt import data as data_sets
     from tfopt import recipe as recipe_files
@@ -64,9 +93,17 @@ def run_study(
         raise InputError("The deadline is not above 0 frames a second", received=deadline_fps)
     sources = tuple(_source(model, data, input_spec, trust) for model in models)
     plan = studies.Plan(
-        out=Path(out), models=sources, data=data, recipes=chosen, targets=tuple(targets), seed=seed,
-        deadline_ms=1000 / deadline_fps, runs=runs, trust=trust, callbacks=tuple(callbacks),
-    )  # fmt: skip
+        out=Path(out),
+        models=sources,
+        data=data,
+        recipes=chosen,
+        targets=tuple(targets),
+        seed=seed,
+        deadline_ms=1000 / deadline_fps,
+        runs=runs,
+        trust=trust,
+        callbacks=tuple(callbacks),
+    )
     return studies.run(plan, on_event)
 
 
@@ -77,5 +114,7 @@ def _source(model, data: ImageData, input_spec: str | None, trust: bool):
         return studies.file_source(model, input_spec=input_spec, trust=trust, class_names=data.class_names)
     from tfopt import models as keras_models
 
-    loaded = model if isinstance(model, keras_models.LoadedModel) else keras_models.from_keras(model, input_spec=input_spec)
+    loaded = (
+        model if isinstance(model, keras_models.LoadedModel) else keras_models.from_keras(model, input_spec=input_spec)
+    )
     return studies.model_source(loaded, data.class_names)

@@ -18,6 +18,7 @@ from mobile_bench.records import Quality, Tensor
 from tfopt.data.splits import Split
 
 TIMEOUT_S = 3600
+PART = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,12 @@ def save_split(split: Split, spec: InputSpec, folder: Path) -> Path:
     """The split's pixels as `spec` wants them, on disk once for all files that see them: FOLDER/images.npy."""
     path = Path(folder) / "images.npy"
     if not path.exists():
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, split.pixels(spec))
+        with atomic_path(path) as temporary:
+            # Written part by part and mapped by the reader: a test split may be larger than memory.
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(split), *spec.shape))
+            for start in range(0, len(split), PART):
+                pixels[start : start + PART] = split.pixels(spec, slice(start, start + PART))
+            pixels.flush()
     return path
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -35,31 +35,48 @@ A first look:
 )
 console = Console(stderr=True)  # looks up sys.stderr at each use
 
-Data = Annotated[str, typer.Option(help="fashion_mnist, cifar10, cifar100, mnist, digits, a folder of class folders, or an .npz")]
-InputSpecOption = Annotated[Optional[str], typer.Option(
-    help="How the model is fed where the file does not say: scaling=raw|unit|signed|torch|caffe, size=, resize=stretch|crop, "
-         "order=rgb|bgr, head=softmax|logits|sigmoid, or a .json file")]  # fmt: skip
-Trust = Annotated[bool, typer.Option("--trust", help="Run code that the model file carries (Lambda layers, foreign classes, SavedModels)")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error")]
+Data = Annotated[
+    str, typer.Option(help="fashion_mnist, cifar10, cifar100, mnist, digits, a folder of class folders, or an .npz")
+]
+InputSpecOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How the model is fed where the file does not say: scaling=raw|unit|signed|torch|caffe, size=, "
+        "resize=stretch|crop, order=rgb|bgr, head=softmax|logits|sigmoid, or a .json file"
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run code that the model file carries (Lambda layers, foreign classes, SavedModels)"),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
-Train = Annotated[Optional[list[str]], typer.Option(
-    "--train", help="Change training: steps=200, prune.learning_rate=1e-4, qat.epochs=2. Repeatable")]  # fmt: skip
-RecipeOption = Annotated[Optional[list[str]], typer.Option("--recipe", "-r", help="A recipe's name or .yaml file. Repeatable")]
-TrainImages = Annotated[Optional[int], typer.Option(help="Use at most this many training images, class-balanced")]
-TestImages = Annotated[Optional[int], typer.Option(help="Show numbers on at most this many test images, class-balanced")]
+Train = Annotated[
+    list[str] | None,
+    typer.Option("--train", help="Change training: steps=200, prune.learning_rate=1e-4, qat.epochs=2. Repeatable"),
+]
+RecipeOption = Annotated[
+    list[str] | None, typer.Option("--recipe", "-r", help="A recipe's name or .yaml file. Repeatable")
+]
+TrainImages = Annotated[int | None, typer.Option(help="Use at most this many training images, class-balanced")]
+TestImages = Annotated[int | None, typer.Option(help="Show numbers on at most this many test images, class-balanced")]
 
 
 @app.command()
 def train(
-    architecture: Annotated[str, typer.Argument(help="resnet8, resnet20, resnet32, resnet56, mobilenet, mobilenet_v2 or mobilenet_v3_small")],
+    architecture: Annotated[
+        str, typer.Argument(help="resnet8, resnet20, resnet32, resnet56, mobilenet, mobilenet_v2 or mobilenet_v3_small")
+    ],
     data: Data,
     out: Annotated[Path, typer.Option(help="A folder for model.keras and card.json")],
     width: Annotated[float, typer.Option(help="Channel multiplier")] = 1.0,
-    size: Annotated[Optional[int], typer.Option(help="Image height and width; the data's own by default")] = None,
+    size: Annotated[int | None, typer.Option(help="Image height and width; the data's own by default")] = None,
     training: Train = None,
     seed: Seed = 0,
     as_json: Json = False,
-):  # fmt: skip
+):
     """Train a classifier from scratch and write its model card.
 
     tfopt train resnet8 --data fashion_mnist --out saved_models/mine --train epochs=15
@@ -75,12 +92,22 @@ def train(
     config = TrainConfig.from_dict({**base, **changes})
     with _bar(f"training {architecture}") as progress:
         card = baselines.train(
-            architecture, found, out, width=width, config=config, size=size, seed=seed, command=_command(), progress=progress
+            architecture,
+            found,
+            out,
+            width=width,
+            config=config,
+            size=size,
+            seed=seed,
+            command=_command(),
+            progress=progress,
         )
     if as_json:
         _print_json({"schema_version": SCHEMA_VERSION, "model": str(out / "model.keras"), "card": card})
     low, high = card["test_top1_95"]
-    console.print(f"{out}/model.keras: top-1 {card['test_top1']:.2%} [{low:.2%}, {high:.2%}] on {card['test_images']} test images")
+    console.print(
+        f"{out}/model.keras: top-1 {card['test_top1']:.2%} [{low:.2%}, {high:.2%}] on {card['test_images']} test images"
+    )
 
 
 @app.command()
@@ -88,7 +115,9 @@ def optimize(
     model: Annotated[str, typer.Argument(help="A .keras or .h5 file, a SavedModel folder, or keras:NAME")],
     data: Data,
     recipe: RecipeOption = None,
-    out: Annotated[Path, typer.Option(help="A study folder; what is there already is kept")] = Path("saved_models/optimized"),
+    out: Annotated[Path, typer.Option(help="A study folder; what is there already is kept")] = Path(
+        "saved_models/optimized"
+    ),
     training: Train = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
@@ -101,13 +130,28 @@ def optimize(
 
     tfopt optimize mine.keras --data photos/ --recipe prune --recipe distill_prune_qat
     """
-    _study([model], data, recipe or ["baseline"], out, training, input_spec, trust, seed, as_json, targets=(),
-           train_images=train_images, test_images=test_images)  # fmt: skip
+    _study(
+        [model],
+        data,
+        recipe or ["baseline"],
+        out,
+        training,
+        input_spec,
+        trust,
+        seed,
+        as_json,
+        targets=(),
+        train_images=train_images,
+        test_images=test_images,
+    )
 
 
 @app.command()
 def study(
-    model: Annotated[list[str], typer.Option("--model", "-m", help="A .keras or .h5 file, a SavedModel folder, or keras:NAME. Repeatable")],
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="A .keras or .h5 file, a SavedModel folder, or keras:NAME. Repeatable"),
+    ],
     data: Data,
     out: Annotated[Path, typer.Option(help="The study's folder; run again to take up where it stopped")],
     recipe: RecipeOption = None,
@@ -128,15 +172,30 @@ def study(
     """
     from tfopt.recipe import named_recipes
 
-    _study(model, data, recipe or list(named_recipes()), out, training, input_spec, trust, seed, as_json,
-           targets=(Target(threads=threads),), deadline_fps=deadline_fps, runs=runs, train_images=train_images,
-           test_images=test_images)  # fmt: skip
+    _study(
+        model,
+        data,
+        recipe or list(named_recipes()),
+        out,
+        training,
+        input_spec,
+        trust,
+        seed,
+        as_json,
+        targets=(Target(threads=threads),),
+        deadline_fps=deadline_fps,
+        runs=runs,
+        train_images=train_images,
+        test_images=test_images,
+    )
 
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="Where to run it: a data set's name, or a folder of class folders")] = "fashion_mnist",
-    out: Annotated[Optional[Path], typer.Option(help="The study's folder; saved_models/demo-DATA by default")] = None,
+    data: Annotated[
+        str, typer.Option(help="Where to run it: a data set's name, or a folder of class folders")
+    ] = "fashion_mnist",
+    out: Annotated[Path | None, typer.Option(help="The study's folder; saved_models/demo-DATA by default")] = None,
     as_json: Json = False,
 ):
     """The demo study: shipped baselines of a ResNet and a MobileNet, every recipe, real images, minutes."""
@@ -156,8 +215,8 @@ def demo(
 def convert(
     model: Annotated[str, typer.Argument(help="A .keras or .h5 file, a SavedModel folder, or keras:NAME")],
     scheme: Annotated[str, typer.Option(help="float32, float16, dynamic or int8")],
-    out: Annotated[Optional[Path], typer.Option(help="The .tflite to write; MODEL-SCHEME.tflite by default")] = None,
-    data: Annotated[Optional[str], typer.Option(help="Images to calibrate int8 on; see tfopt study --help")] = None,
+    out: Annotated[Path | None, typer.Option(help="The .tflite to write; MODEL-SCHEME.tflite by default")] = None,
+    data: Annotated[str | None, typer.Option(help="Images to calibrate int8 on; see tfopt study --help")] = None,
     input_spec: InputSpecOption = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -178,7 +237,9 @@ def convert(
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A .tflite, or a .keras file")],
     data: Annotated[str, typer.Option(help="NAME|PATH[:SPLIT], split test by default: fashion_mnist:validation")],
-    reference: Annotated[Optional[Path], typer.Option(help="The Keras model to agree with; model.keras beside FILE by default")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The Keras model to agree with; model.keras beside FILE by default")
+    ] = None,
     test_images: TestImages = None,
     input_spec: InputSpecOption = None,
     trust: Trust = False,
@@ -196,13 +257,15 @@ def evaluate(
         _print_json({"schema_version": SCHEMA_VERSION, **found})
     low, high = found["top1_95"]
     agreement = "" if found["agreement"] is None else f", agrees with its Keras model on {found['agreement']:.2%}"
-    console.print(f"top-1 {found['top1']:.2%} [{low:.2%}, {high:.2%}] on {found['images']} images{agreement}", highlight=False)
+    console.print(
+        f"top-1 {found['top1']:.2%} [{low:.2%}, {high:.2%}] on {found['images']} images{agreement}", highlight=False
+    )
 
 
 @app.command()
 def report(
     study: Annotated[Path, typer.Argument(help="A study folder")],
-    out: Annotated[Optional[Path], typer.Option(help="The .html to write; STUDY/report.html by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="The .html to write; STUDY/report.html by default")] = None,
 ):
     """One standalone HTML file of a study: table, trade-offs, every variant's story.
 
@@ -229,8 +292,23 @@ def recipes(as_json: Json = False):
     Console().print(table)
 
 
-def _study(models, data, recipes, out, training, input_spec, trust, seed, as_json, *, targets, deadline_fps=30.0, runs=50,
-           train_images=None, test_images=None):  # fmt: skip
+def _study(
+    models,
+    data,
+    recipes,
+    out,
+    training,
+    input_spec,
+    trust,
+    seed,
+    as_json,
+    *,
+    targets,
+    deadline_fps=30.0,
+    runs=50,
+    train_images=None,
+    test_images=None,
+):
     from tfopt.api import run_study
 
     changes = _training(training)
@@ -239,9 +317,19 @@ def _study(models, data, recipes, out, training, input_spec, trust, seed, as_jso
         images = images.limited(train=train_images, test=test_images)
     with _watch() as on_event:
         made = run_study(
-            models, images, recipes, out=out, targets=targets, training=changes, input_spec=input_spec, trust=trust,
-            seed=seed, deadline_fps=deadline_fps, runs=runs, on_event=on_event,
-        )  # fmt: skip
+            models,
+            images,
+            recipes,
+            out=out,
+            targets=targets,
+            training=changes,
+            input_spec=input_spec,
+            trust=trust,
+            seed=seed,
+            deadline_fps=deadline_fps,
+            runs=runs,
+            on_event=on_event,
+        )
     _show(made, as_json)
     if any(e.variant.status != "ok" for e in made.entries):
         raise typer.Exit(1)
@@ -286,7 +374,9 @@ def _training(items: list[str] | None) -> dict[str, dict]:
             key, equals, value = part.strip().partition("=")
             technique, dot, name = key.rpartition(".")
             if not equals or not name:
-                raise InputError("A training setting is not KEY=VALUE", received=repr(part), allowed="steps=200, prune.steps=100")
+                raise InputError(
+                    "A training setting is not KEY=VALUE", received=repr(part), allowed="steps=200, prune.steps=100"
+                )
             if dot and technique not in techniques():
                 raise unknown_name("technique", technique, techniques())
             changes.setdefault(technique or "*", {})[name] = _value(value)

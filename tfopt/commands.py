@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from mobile_bench import stats, store
-from mobile_bench.errors import InputError, Problem
+from mobile_bench.errors import InputError
 from mobile_bench.files import write_bytes
-from mobile_bench.inputs import InputSpec, override
+from mobile_bench.interpreter import check_is_tflite
+from mobile_bench.metadata import find_spec
 from tfopt import attest
 from tfopt import convert as conversion
 from tfopt import data as data_sets
 from tfopt.errors import ConversionError, DataError
 
 
-def convert_one(model: str, scheme: str, out: Path | None, data: str | None, input_spec: str | None, trust: bool) -> dict:
+def convert_one(
+    model: str, scheme: str, out: Path | None, data: str | None, input_spec: str | None, trust: bool
+) -> dict:
     """Export one scheme of one model; returns path, scheme, size_bytes."""
     conversion.check_schemes([scheme])
     if scheme == "int8" and not data:
@@ -43,7 +46,13 @@ def convert_one(model: str, scheme: str, out: Path | None, data: str | None, inp
 
 
 def evaluate_one(
-    file: Path, data: str, reference: Path | None, test_images: int | None, input_spec: str | None, trust: bool, progress=None
+    file: Path,
+    data: str,
+    reference: Path | None,
+    test_images: int | None,
+    input_spec: str | None,
+    trust: bool,
+    progress=None,
 ) -> dict:
     """top1 with its interval, images, agreement (None without a Keras model at hand) of a .tflite or .keras file."""
     if not file.is_file():
@@ -54,7 +63,9 @@ def evaluate_one(
         images = images.limited(test=test_images)
     split = images[split_name]
     if file.suffix == ".tflite":
-        spec = file_spec(file, input_spec)
+        check_is_tflite(file)
+        shape = conversion.input_shape(file.read_bytes())[1:]
+        spec = find_spec(file, input_spec or "", shape=shape if len(shape) == 3 else None)
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             pixels = attest.save_split(split, spec, work)
@@ -71,34 +82,29 @@ def evaluate_one(
         from tfopt.steps import keras_classes
 
         if reference.suffix == ".keras" and reference.name == "model.keras":
-            quantized = next(iter(sorted(reference.parent.glob("quantized*"))), None) if reference.parent == file.parent else None
+            quantized = (
+                next(iter(sorted(reference.parent.glob("quantized*"))), None)
+                if reference.parent == file.parent
+                else None
+            )
         else:
             quantized = None
         agreement = float(np.mean(predictions == keras_classes(reference, quantized, split, spec)))
     correct = int(np.sum(predictions == split.labels))
     low, high = stats.wilson_interval(correct, len(split))
     return {
-        "file": str(file), "data": images.name, "split": split_name, "fingerprint": images.fingerprint, "images": len(split),
-        "correct": correct, "top1": correct / len(split), "top1_95": [low, high], "agreement": agreement, "runtime": runtime,
+        "file": str(file),
+        "data": images.name,
+        "split": split_name,
+        "fingerprint": images.fingerprint,
+        "images": len(split),
+        "correct": correct,
+        "top1": correct / len(split),
+        "top1_95": [low, high],
+        "agreement": agreement,
+        "runtime": runtime,
         "note": images.note,
-    }  # fmt: skip
-
-
-def file_spec(file: Path, input_spec: str | None = None) -> InputSpec:
-    """How a .tflite wants to be fed: its own metadata, the variant.json beside it, or what the user says."""
-    spec = conversion.embedded_spec(file.read_bytes())
-    if spec is None and (file.parent / "variant.json").exists():
-        spec = store.read_entry(file.parent).variant.spec
-    if spec is None:
-        size = _input_size(file)
-        spec = InputSpec(*size)
-        if not input_spec:
-            raise InputError(
-                "The file does not say how it wants to be fed",
-                received=f"{file} with an input of {'x'.join(map(str, size))}",
-                next_step="Say it: --input-spec scaling=signed (or raw, unit, torch, caffe)",
-            )
-    return override(spec, input_spec) if input_spec else spec
+    }
 
 
 def rows(study: store.Study) -> list[dict]:
@@ -107,25 +113,41 @@ def rows(study: store.Study) -> list[dict]:
     for entry in study.entries:
         variant, quality = entry.variant, entry.quality()
         row = {
-            "model": variant.model, "variant": variant.name, "recipe": variant.recipe, "scheme": variant.scheme,
-            "status": variant.status, "reason": variant.reason, "path": str(entry.tflite), "size_bytes": variant.size_bytes,
-            "gzip_bytes": variant.gzip_bytes, "parameters": variant.parameters, "macs": variant.macs,
-        }  # fmt: skip
+            "model": variant.model,
+            "variant": variant.name,
+            "recipe": variant.recipe,
+            "scheme": variant.scheme,
+            "status": variant.status,
+            "reason": variant.reason,
+            "path": str(entry.tflite),
+            "size_bytes": variant.size_bytes,
+            "gzip_bytes": variant.gzip_bytes,
+            "parameters": variant.parameters,
+            "macs": variant.macs,
+        }
         if quality:
             low, high = stats.wilson_interval(quality.correct, quality.images)
             row.update(
-                top1=quality.top1, top1_95=[low, high], images=quality.images, agreement=quality.agreement,
+                top1=quality.top1,
+                top1_95=[low, high],
+                images=quality.images,
+                agreement=quality.agreement,
                 baseline_agreement=quality.baseline_agreement,
-            )  # fmt: skip
+            )
         measured = [m for m in entry.measurements if m.status == "ok" and m.sha256 == variant.sha256]
         if measured:
             summary = stats.summarize(measured[-1])
             row.update(
-                median_ms=summary.median_ms, median_95_ms=[summary.median_low_ms, summary.median_high_ms],
-                p90_ms=summary.p90_ms, p99_ms=summary.p99_ms, fps=summary.fps, threads=measured[-1].target.threads,
-                load_ms=measured[-1].load_ms, peak_rss_bytes=measured[-1].peak_rss_bytes,
-                meets_deadline=summary.p99_ms <= study.record.deadline_ms,
-            )  # fmt: skip
+                median_ms=summary.median_ms,
+                median_95_ms=[summary.median_low_ms, summary.median_high_ms],
+                p90_ms=summary.p90_ms,
+                p99_ms=summary.p99_ms,
+                fps=summary.fps,
+                threads=measured[-1].target.threads,
+                load_ms=measured[-1].load_ms,
+                peak_rss_bytes=measured[-1].peak_rss_bytes,
+                meets_deadline=summary.meets(study.record.deadline_ms),
+            )
         elif entry.measurements:
             row["measurement_reason"] = entry.measurements[-1].reason
         found.append(row)
@@ -142,9 +164,17 @@ def cells(row: dict) -> list[str]:
         return [row["model"], row["variant"], top1, agreement, size, packed, "-", "-", "-", "-"]
     in_time = "[green]yes[/]" if row["meets_deadline"] else "[red]no[/]"
     return [
-        row["model"], row["variant"], top1, agreement, size, packed, f"{row['median_ms']:.3f} ms", f"{row['p99_ms']:.3f} ms",
-        f"{row['fps']:,.0f}", in_time,
-    ]  # fmt: skip
+        row["model"],
+        row["variant"],
+        top1,
+        agreement,
+        size,
+        packed,
+        f"{row['median_ms']:.3f} ms",
+        f"{row['p99_ms']:.3f} ms",
+        f"{row['fps']:,.0f}",
+        in_time,
+    ]
 
 
 def _beside(file: Path) -> Path | None:
@@ -167,12 +197,3 @@ def _check_classes(outputs: int, images) -> None:
             received=f"{outputs} outputs for {images.classes} classes",
             next_step="Name the data set it was trained on",
         )
-
-
-def _input_size(file: Path) -> tuple[int, int, int]:
-    from mobile_bench.interpreter import describe
-
-    shape = describe(file).inputs[0].shape
-    if len(shape) != 4:
-        raise Problem("The file takes no images", received=f"an input of shape {shape}")
-    return tuple(shape[1:])

@@ -23,11 +23,11 @@ import numpy as np
 from mobile_bench.files import atomic_path, write_bytes
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import run_job, serve
+from mobile_bench.metadata import METADATA_KEY
 from tfopt.data.splits import Split
 from tfopt.errors import ConversionError, JobFailed, Problem, unknown_name
 
 SCHEMES = ("float32", "float16", "dynamic", "int8")
-METADATA_KEY = "tfopt"
 TIMEOUT_S = 1800
 
 
@@ -68,7 +68,8 @@ def convert(
     if "int8" in schemes:
         if calibration is None or not len(calibration):
             raise ConversionError(
-                "Full int8 needs images to calibrate on", next_step="Name a data set with --data, or choose another scheme"
+                "Full int8 needs images to calibrate on",
+                next_step="Name a data set with --data, or choose another scheme",
             )
         images = Path(work) / "calibration.npy"
         with atomic_path(images) as temporary, open(temporary, "wb") as file:
@@ -79,9 +80,13 @@ def convert(
         started = {"scheme": left[0]}
         try:
             result = run_job(
-                "tfopt.convert", {**job, "schemes": left}, work,
-                on_progress=started.update, timeout_s=TIMEOUT_S, environment={"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"},
-            )  # fmt: skip
+                "tfopt.convert",
+                {**job, "schemes": left},
+                work,
+                on_progress=started.update,
+                timeout_s=TIMEOUT_S,
+                environment={"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"},
+            )
         except JobFailed as crash:
             # Only the scheme that was under way is to blame: the rest get a new process.
             outcomes[started["scheme"]] = Converted(started["scheme"], None, str(crash))
@@ -112,19 +117,15 @@ def embed_spec(content: bytes, spec: InputSpec) -> bytes:
     return bytes(builder.Output())
 
 
-def embedded_spec(content: bytes) -> InputSpec | None:
-    """The spec that embed_spec put into a .tflite, or None."""
+def input_shape(content: bytes) -> tuple[int, ...]:
+    """The shape of a .tflite's first input, read without running it; () where it cannot be read."""
     from ai_edge_litert import schema_py_generated as schema
 
     try:
-        model = schema.Model.GetRootAs(content, 0)
-        for index in range(model.MetadataLength()):
-            if _text(model.Metadata(index).Name()) == METADATA_KEY:
-                data = model.Buffers(model.Metadata(index).Buffer()).DataAsNumpy()
-                return InputSpec.from_dict(json.loads(bytes(data)))
-    except Exception:  # noqa: BLE001 - a file that lies about its offsets simply has no readable spec
-        return None
-    return None
+        graph = schema.Model.GetRootAs(content, 0).Subgraphs(0)
+        return tuple(int(n) for n in graph.Tensors(graph.Inputs(0)).ShapeAsNumpy())
+    except Exception:  # noqa: BLE001 - a file that lies about its offsets has no readable shape
+        return ()
 
 
 def _text(name) -> str:
@@ -138,7 +139,9 @@ def _child(job: dict, emit) -> dict:
 
     spec = InputSpec.from_dict(job["spec"])
     # The parent has already refused foreign code, or the user has said that it is trusted.
-    model = keras.saving.load_model(job["model"], compile=False, safe_mode=not job["trust"])
+    if job["trust"]:
+        keras.config.enable_unsafe_deserialization()  # for the clone below as much as for the file
+    model = keras.saving.load_model(job["model"], compile=False)
     images = np.load(job["calibration"], allow_pickle=False) if job["calibration"] else None
     # A batch of one, fixed: delegates refuse dynamic shapes.
     one = keras.models.clone_model(model, input_tensors=keras.Input(batch_shape=(1, *spec.shape), name="image"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import keras
 
@@ -82,12 +83,27 @@ def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | Non
         return value
 
     graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name) if isinstance(model, keras.Sequential) else model
-    copy = keras.models.clone_model(graph, clone_function=_clone, call_function=call, recursive=True)
+    with uncompiled(graph):
+        copy = keras.models.clone_model(graph, clone_function=_clone, call_function=call, recursive=True)
     targets = {layer.name: layer for layer in flat_layers(copy)}
     for layer in flat_layers(model):
         if layer.name in targets and layer.name not in replacements:
             targets[layer.name].set_weights(layer.get_weights())
     return copy
+
+
+@contextmanager
+def uncompiled(model: keras.Model) -> Iterator[None]:
+    """For a while, the model without its training set-up, which Keras would copy and store with it.
+
+    A loss is often a closure that no file can hold, and an optimizer's state triples the file.
+    """
+    compiled, optimizer = model.compiled, getattr(model, "optimizer", None)
+    model.compiled, model.optimizer = False, None
+    try:
+        yield
+    finally:
+        model.compiled, model.optimizer = compiled, optimizer
 
 
 def _clone(layer):

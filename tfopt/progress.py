@@ -16,9 +16,15 @@ class StudyProgress:
     def __init__(self, console: Console):
         self.console = console
         self.bars = Progress(
-            TextColumn("[bold]{task.description}", justify="left"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}", justify="left"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
         self._variants = self.bars.add_task("variants", total=None, facts="")
         self._task, self._label = None, ""
 
@@ -47,7 +53,11 @@ class StudyProgress:
                 self._task = self.bars.add_task(label, total=event.total or None, facts="")
             self._label = label
             self.bars.update(
-                self._task, description=label, completed=event.done, total=event.total or None, facts=_facts(event.facts)
+                self._task,
+                description=label,
+                completed=event.done,
+                total=event.total or None,
+                facts=_facts(event.facts),
             )
 
     def _say(self, markup: str, text: str) -> None:

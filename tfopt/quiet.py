@@ -18,7 +18,6 @@ def native_chatter_to_log() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     terminal = os.dup(2)
-    log = tempfile.TemporaryFile()
-    os.dup2(log.fileno(), 2)
-    log.close()
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="replace")

@@ -40,7 +40,11 @@ class Recipe:
         object.__setattr__(self, "schemes", tuple(self.schemes))
         safe = isinstance(self.name, str) and self.name.replace("_", "").replace(".", "").isalnum()
         if not safe or self.name.startswith("."):
-            raise RecipeError("A recipe's name is not usable as a folder", received=repr(self.name), allowed="letters, digits, _ and .")
+            raise RecipeError(
+                "A recipe's name is not usable as a folder",
+                received=repr(self.name),
+                allowed="letters, digits, _ and .",
+            )
         if not self.schemes or len(set(self.schemes)) != len(self.schemes):
             raise RecipeError(f"Recipe {self.name} has no schemes or one twice", received=self.schemes)
         check_schemes(self.schemes)
@@ -59,7 +63,8 @@ class Recipe:
             for prop, origin in carried.items():
                 if prop not in step.keeps:
                     raise RecipeError(
-                        f"Recipe {self.name}: step {number} ({step.name}) would lose what {origin} gained: {prop.value}",
+                        f"Recipe {self.name}: step {number} ({step.name}) would lose "
+                        f"what {origin} gained: {prop.value}",
                         received=" > ".join(s.name for s in self.steps),
                         next_step=f"Put {step.name} before {origin}, or leave one out",
                     )
@@ -136,7 +141,9 @@ def _parse(text: str, origin: str) -> Recipe:
         raise RecipeError("The recipe has no name", received=origin, allowed="name, description, steps, schemes")
     for key in values:
         if key not in ("name", "description", "steps", "schemes"):
-            raise unknown_name("key of a recipe", str(key), ("name", "description", "steps", "schemes"), error=RecipeError)
+            raise unknown_name(
+                "key of a recipe", str(key), ("name", "description", "steps", "schemes"), error=RecipeError
+            )
     steps = []
     for number, entry in enumerate(values.get("steps") or [], 1):
         name, settings = _step(entry, number, origin)
@@ -156,7 +163,9 @@ def _step(entry, number: int, origin: str) -> tuple[str, dict]:
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, dict) and len(entry) == 1:
-        (name, settings), = entry.items()
+        ((name, settings),) = entry.items()
         if settings is None or isinstance(settings, dict):
             return str(name), dict(settings or {})
-    raise InputError(f"Step {number} of {origin} is not a technique", received=repr(entry), allowed="- NAME: {setting: value}")
+    raise InputError(
+        f"Step {number} of {origin} is not a technique", received=repr(entry), allowed="- NAME: {setting: value}"
+    )

@@ -11,7 +11,6 @@ second run, finds it there and trains nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -59,12 +58,23 @@ class StepResult:
 
     def classes(self, spec: InputSpec, test: Split, fingerprint: str) -> np.ndarray:
         """The classes this Keras model names on the test split, computed once: int64 (count,)."""
-        known = self.folder / f"classes-{fingerprint}.npy"
+        known = self._classes_file(fingerprint)
         if not known.exists():
-            named = keras_classes(self.model_file, self.quantized, test, spec)
-            with atomic_path(known) as temporary, open(temporary, "wb") as file:
-                np.save(file, named)
+            self._write_classes(known, keras_classes(self.model_file, self.quantized, test, spec))
         return np.load(known, allow_pickle=False)
+
+    def keep_classes(self, outputs: np.ndarray, spec: InputSpec, fingerprint: str) -> None:
+        """Remember what the model answered on the test split, where its outputs are at hand already."""
+        from tfopt import training
+
+        self._write_classes(self._classes_file(fingerprint), training.classify(outputs, spec))
+
+    def _classes_file(self, fingerprint: str) -> Path:
+        return self.folder / f"classes-{fingerprint}.npy"
+
+    def _write_classes(self, path: Path, classes: np.ndarray) -> None:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, classes.astype(np.int64))
 
 
 def keras_classes(model_file: Path, quantized: Path | None, split: Split, spec: InputSpec) -> np.ndarray:
@@ -80,7 +90,7 @@ def keras_classes(model_file: Path, quantized: Path | None, split: Split, spec: 
 
         # Whoever made this file has checked or trusted what is in it.
         outputs = training.predict(keras.saving.load_model(model_file, compile=False, safe_mode=False), split, spec)
-    return training.classify(outputs, spec).astype(np.int64)
+    return training.classify(outputs, spec)
 
 
 def tool_versions() -> dict[str, str]:
@@ -121,9 +131,19 @@ def start(folder: Path, key: str, model, spec: InputSpec) -> StepResult:
 
 
 def run(
-    folder: Path, key: str, technique: Technique, before: StepResult, spec: InputSpec, teacher, data: ImageData, seed: int,
-    *, keep: frozenset[Property], callbacks=(), progress: Callable[[int, int, dict], None] | None = None,
-) -> StepResult:  # fmt: skip
+    folder: Path,
+    key: str,
+    technique: Technique,
+    before: StepResult,
+    spec: InputSpec,
+    teacher,
+    data: ImageData,
+    seed: int,
+    *,
+    keep: frozenset[Property],
+    callbacks=(),
+    progress: Callable[[int, int, dict], None] | None = None,
+) -> StepResult:
     """One step, found or made. Raises whatever the technique raises; leaves nothing half-written."""
     known = find(folder, key)
     if known:
@@ -166,5 +186,3 @@ def _keep(folder: Path, key: str, optimized: OptimizedModel, reports: tuple[Step
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return StepResult(key, place, optimized.properties, reports, facts["parameters"], facts["macs"])
-
-

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobile_bench import device, store
-from mobile_bench.files import cannot_write
+from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StudyRecord, Target, Variant
 from tfopt import attest, convert, steps
@@ -82,7 +82,9 @@ class Plan:
     def __post_init__(self):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
-            raise InputError("Two models of a study have the same name", received=", ".join(names), next_step="Rename a file")
+            raise InputError(
+                "Two models of a study have the same name", received=", ".join(names), next_step="Rename a file"
+            )
         if not self.deadline_ms > 0:
             raise InputError("The deadline is not above 0", received=self.deadline_ms)
 
@@ -141,7 +143,7 @@ def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
     record = _begin(plan, out)
     for model in plan.models:
         jobs = [(recipe, *_missing(plan, model, recipe)) for recipe in plan.recipes]
-        for recipe, present, _ in jobs:
+        for _recipe, present, _ in jobs:
             for variant in present:
                 say(Event("variant", model.name, variant, text="already there"))
         jobs = [(recipe, missing) for recipe, _, missing in jobs if missing]
@@ -182,7 +184,7 @@ def _begin(plan: Plan, out: Path) -> StudyRecord:
         expected=plan.expected(),
         deadline_ms=plan.deadline_ms,
         seed=plan.seed,
-        machine=device.facts(),
+        machine=device.describe(),
         tools=steps.tool_versions(),
         created_at=created,
     )
@@ -285,14 +287,16 @@ class _Workshop:
                 result.model_file, self.spec, schemes, folder, calibration=self.data["calibration"], work=folder,
                 trust=self.plan.trust,
             )  # fmt: skip
-        from tfopt.tfmot.client import convert_quantized
+        from tfopt.tfmot.client import export_quantized
 
         path = folder / "int8.tflite"
+        test, fingerprint = self.data["test"], self.data.fingerprint
         try:
-            convert_quantized(result.quantized, path, self.spec)
-            path.write_bytes(convert.embed_spec(path.read_bytes(), self.spec))
+            # The worker takes seconds to start, so it converts and answers the test split in one go.
+            outputs = export_quantized(result.quantized, self.spec, out=path, split=test)
         except Problem as problem:
             return [convert.Converted("int8", None, str(problem))]
+        result.keep_classes(outputs, self.spec, fingerprint)
         return [convert.Converted("int8", path)]
 
     def _finish(self, recipe: Recipe, result: steps.StepResult, converted: convert.Converted) -> None:
@@ -384,9 +388,7 @@ def _measure_all(plan: Plan, out: Path, say: OnEvent) -> None:
 
 
 def _is_measured(entry: store.Entry, target: Target) -> bool:
-    return any(
-        m.target == target and m.sha256 == entry.variant.sha256 and m.status == "ok" for m in entry.measurements
-    )
+    return any(m.target == target and m.sha256 == entry.variant.sha256 and m.status == "ok" for m in entry.measurements)
 
 
 class _whole_folder:
@@ -418,10 +420,6 @@ class _whole_folder:
         return False
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def _hash_path(path: Path) -> str:
     if path.is_file():
         return sha256_of(path)
@@ -444,7 +442,8 @@ def _training_text(training: dict) -> str:
         return "done"
     before = training.get("accuracy_before")
     change = f"{before:.2%} -> " if before is not None else ""
-    return f"{training['steps']} steps, {training['images_seen']} images, validation {change}{training['accuracy_after']:.2%}"
+    seen = f"{training['steps']} steps, {training['images_seen']} images"
+    return f"{seen}, validation {change}{training['accuracy_after']:.2%}"
 
 
 def _slug(name: str) -> str:

@@ -36,7 +36,7 @@ def test_full_rank_reproduces_the_layer(layer):
     model = keras.Sequential([keras.Input(shape), layer])
     generator = np.random.default_rng(0)
     layer.set_weights([generator.normal(size=w.shape).astype(np.float32) for w in layer.get_weights()])
-    left, values, right = np.linalg.svd(layer.get_weights()[0].reshape(-1, 24), full_matrices=False)
+    _left, values, _right = np.linalg.svd(layer.get_weights()[0].reshape(-1, 24), full_matrices=False)
     full = Factorize(rank_ratio=1.0, only_if_cheaper=False)._plan(layer)
     assert full[0].units_or_filters == len(values)
     image = generator.normal(size=(4, *shape)).astype(np.float32)
@@ -81,10 +81,14 @@ def test_excluded_layers_are_reported(digits, spec, trained, tmp_path):
 
 def test_nothing_to_gain_is_a_refusal_not_a_copy(digits, spec, trained, tmp_path):
     with pytest.raises(ModelRefused, match="No kernel of the model gets cheaper"):
-        Factorize(energy=1.0).apply(OptimizedModel(trained.model, spec), Context(digits, tmp_path, teacher=trained.model))
+        Factorize(energy=1.0).apply(
+            OptimizedModel(trained.model, spec), Context(digits, tmp_path, teacher=trained.model)
+        )
 
 
-@pytest.mark.parametrize("values", [{"energy": 0}, {"energy": 1.2}, {"energy": "all"}, {"rank_ratio": -1}, {"min_gain": 1}])
+@pytest.mark.parametrize(
+    "values", [{"energy": 0}, {"energy": 1.2}, {"energy": "all"}, {"rank_ratio": -1}, {"min_gain": 1}]
+)
 def test_bad_settings(values):
     with pytest.raises(InputError, match="out of range"):
         Factorize(**values)

@@ -65,13 +65,19 @@ class Distill(Technique):
         if inherited:
             training.recalibrate(student, context.data["train"], spec, keras=keras)
         report = training.fit(
-            student, context.data["train"], context.data["validation"], spec, self.train, keras=keras, seed=context.seed,
+            student,
+            context.data["train"],
+            context.data["validation"],
+            spec,
+            self.train,
+            keras=keras,
+            seed=context.seed,
             loss_hook=distillation_hook(context.teacher, spec, self.temperature, self.alpha),
-            callbacks=context.callbacks, progress=context.progress,
-        )  # fmt: skip
-        notes = (
-            f"{len(inherited)} of {sum(bool(layer.weights) for layer in flat_layers(student))} layers start from the teacher",
+            callbacks=context.callbacks,
+            progress=context.progress,
         )
+        layers = sum(bool(layer.weights) for layer in flat_layers(student))
+        notes = (f"{len(inherited)} of {layers} layers start from the teacher",)
         result = OptimizedModel(student, spec, optimized.properties | self.adds)
         return result, StepReport(
             technique=self.name,
@@ -104,7 +110,9 @@ class Distill(Technique):
             width *= teacher_width
         classes = int(teacher.output_shape[-1])
         if classes < 2 or spec.head == "sigmoid":
-            raise ModelRefused("Distillation needs softmax or logits", received=f"a {spec.head} head with {classes} outputs")
+            raise ModelRefused(
+                "Distillation needs softmax or logits", received=f"a {spec.head} head with {classes} outputs"
+            )
         student = build(name, spec.shape, classes, width)
         if spec.head == "logits":
             student.layers[-1].activation = _linear()

@@ -1,0 +1,182 @@
+"""The straight line, from a model and data to a study folder, on digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+import tfopt
+from mobile_bench import store
+from mobile_bench.errors import Problem
+from mobile_bench.records import Target
+from tfopt import commands, study
+
+RECIPE = """
+name: small
+steps:
+  - factorize: {rank_ratio: 0.5, exclude: [stem, classes], train: {steps: 60, batch_size: 32, learning_rate: 3.0e-3}}
+schemes: [float32, int8]
+"""
+
+
+@pytest.fixture(scope="module")
+def made(trained_file, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    recipe = folder / "small.yaml"
+    recipe.write_text(RECIPE)
+    events = []
+    result = tfopt.run_study([trained_file], digits, ["baseline", recipe], out=folder / "out", on_event=events.append)
+    return result, events, recipe
+
+
+def test_every_promised_variant_is_there_and_whole(made):
+    result, _, _ = made
+    assert not result.missing and not result.problems
+    names = [f"{e.variant.model}/{e.variant.name}" for e in result.entries]
+    assert names == list(result.record.expected)
+    assert len(names) == 6
+    for entry in result.entries:
+        assert entry.variant.status == "ok", entry.variant.reason
+        content = entry.tflite.read_bytes()
+        assert entry.variant.size_bytes == len(content)
+        assert entry.quality().images == 360 and 0.8 < entry.quality().top1 <= 1
+        assert entry.quality().agreement > 0.9
+        (measurement,) = entry.measurements
+        assert measurement.status == "ok" and len(measurement.latency_ms) >= 50
+        assert (entry.folder / "model.keras").is_file()
+
+
+def test_the_record_says_how_a_variant_came_to_be(made):
+    result, _, _ = made
+    entry = next(e for e in result.entries if e.variant.name == "small-int8")
+    (step,) = entry.variant.steps
+    assert step.technique == "factorize" and step.training["steps"] == 60 and step.training["images_seen"] == 1920
+    assert entry.variant.macs == step.macs_after < step.macs_before
+    assert entry.variant.inputs[0].dtype == "int8" and entry.variant.inputs[0].scale > 0
+    assert entry.variant.properties == {"low rank": True}
+    facts = result.record.models[entry.variant.model]
+    assert facts["spec_from"] == "the model file" and facts["validation_top1"] > 0.8
+
+
+def test_baseline_float32_agrees_fully_with_its_model(made):
+    result, _, _ = made
+    quality = result.entries[0].quality()
+    assert result.entries[0].variant.name == "baseline-float32"
+    assert quality.agreement == quality.baseline_agreement == 1.0
+    assert quality.keras_top1 == quality.top1
+
+
+def test_shown_accuracy_is_reproduced_to_the_digit(made, digits, monkeypatch):
+    result, _, _ = made
+    for entry in result.entries:
+        again = commands.evaluate_one(entry.tflite, "digits", None, None, None, False)
+        assert again["top1"] == entry.quality().top1
+        assert again["agreement"] == entry.quality().agreement
+        assert again["fingerprint"] == entry.quality().fingerprint
+
+
+def test_a_second_run_makes_nothing_anew(made, trained_file, digits):
+    result, _, recipe = made
+    stamps = {p: p.stat().st_mtime_ns for p in result.folder.rglob("*") if p.is_file() and p.name != "study.json"}
+    events = []
+    again = tfopt.run_study([trained_file], digits, ["baseline", recipe], out=result.folder, on_event=events.append)
+    assert {e.kind for e in events} == {"plan", "variant"}
+    assert all(e.text == "already there" for e in events if e.kind == "variant")
+    assert {
+        p: p.stat().st_mtime_ns for p in again.folder.rglob("*") if p.is_file() and p.name != "study.json"
+    } == stamps
+
+
+def test_what_is_lost_is_made_again_from_the_kept_steps(made, trained_file, digits):
+    result, _, recipe = made
+    lost = result.folder / "digits-resnet" / "small-int8"
+    shutil.rmtree(lost)
+    damaged = result.folder / "digits-resnet" / "small-float32" / "model.tflite"
+    damaged.write_bytes(b"half")
+    events = []
+    again = tfopt.run_study([trained_file], digits, ["baseline", recipe], out=result.folder, on_event=events.append)
+    assert not again.missing
+    made_anew = {e.name for e in events if e.kind == "variant" and e.text != "already there"}
+    assert made_anew == {"small-int8", "small-float32"}
+    assert "step" not in {e.kind for e in events}, "the factorized model was kept, nothing should be trained again"
+
+
+def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_file, digits, tmp_path):
+    impossible = tmp_path / "impossible.yaml"
+    impossible.write_text("name: impossible\nsteps:\n  - factorize: {energy: 1.0}\nschemes: [float32]\n")
+    result = tfopt.run_study([trained_file], digits, [impossible, "baseline"], out=tmp_path / "out", targets=())
+    failed, *others = result.entries
+    assert failed.variant.status == "failed"
+    assert "No kernel of the model gets cheaper" in failed.variant.reason
+    assert [e.variant.status for e in others] == ["ok"] * 4
+    assert commands.rows(result)[0]["reason"] == failed.variant.reason
+    hidden = [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".") and p.name != study.STEPS_FOLDER]
+    assert not hidden, "work folders are left behind"
+
+
+def test_optimize_takes_a_model_in_memory(trained, digits, tmp_path):
+    variants = tfopt.optimize(
+        trained.model,
+        digits,
+        tfopt.recipe.Recipe("plain", (), ("float32",)),
+        out=tmp_path / "o",
+        input_spec="scaling=signed",
+    )
+    (entry,) = variants
+    assert entry.variant.name == "plain-float32" and entry.quality().top1 > 0.8 and not entry.measurements
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "fashion"}, "Did you mean fashion_mnist"),
+        ({"recipes": "prune_all"}, "There is no recipe of that name"),
+        ({"models": []}, "No model was given"),
+        ({"models": ["nowhere.keras"]}, "does not exist"),
+        ({"deadline_fps": 0}, "above 0"),
+        ({"training": {"*": {"epoch": 3}}}, "Did you mean epochs"),
+        ({"input_spec": "scaling=unity"}, "Did you mean unit"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(change, message, trained_file, digits, tmp_path):
+    asked = {"models": [trained_file], "data": digits, "recipes": "lowrank", "out": tmp_path / "out", **change}
+    with pytest.raises(Problem, match=message) as caught:
+        tfopt.run_study(**asked)
+    assert caught.value.exit_code == 2
+    assert not list((tmp_path / "out").glob("*/*")), "a variant was written"
+
+
+def test_a_model_for_other_classes_is_refused(digits, tmp_path):
+    inputs = keras.Input((8, 8, 1))
+    keras.Model(inputs, keras.layers.Dense(7, activation="softmax")(keras.layers.Flatten()(inputs))).save(
+        tmp_path / "seven.keras"
+    )
+    with pytest.raises(Problem, match="7 outputs for 10 classes"):
+        tfopt.run_study([tmp_path / "seven.keras"], digits, "baseline", out=tmp_path / "out")
+
+
+def test_another_data_set_does_not_mix_into_a_study(made, trained_file, digits):
+    result, _, _ = made
+    with pytest.raises(Problem, match="holds a study of other data"):
+        tfopt.run_study([trained_file], digits.limited(train=100), "baseline", out=result.folder)
+
+
+def test_study_json_is_plain_and_versioned(made):
+    result, _, _ = made
+    values = json.loads((result.folder / "study.json").read_text())
+    assert values["schema_version"] == 1
+    assert values["data"]["images"]["test"] == 360
+    assert values["machine"]
+    assert store.read_study(result.folder).record.finished_at
+
+
+def test_threads_are_another_target(made, trained_file, digits):
+    result, _, _recipe = made
+    again = tfopt.run_study([trained_file], digits, ["baseline"], out=result.folder, targets=[Target(threads=2)])
+    measured = {m.target.threads for e in again.entries if e.variant.recipe == "baseline" for m in e.measurements}
+    assert measured == {1, 2}
+    assert np.all([e.measurements for e in again.entries])
