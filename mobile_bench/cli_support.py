@@ -26,8 +26,7 @@ def exit_code_of(app: typer.Typer) -> int:
         print_problem(problem)
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
     except OSError as error:
         # A full disk or a folder that is closed to us, where no code nearer to it had more to say.
         print_problem(Problem("The system refused", received=error))
@@ -38,6 +37,8 @@ def exit_code_of(app: typer.Typer) -> int:
             raise
         error.show()
         return error.exit_code
+    if code == INTERRUPTED:  # some versions of Typer turn the interrupt into this code themselves
+        print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -186,7 +186,7 @@ def override(spec: InputSpec, text: str) -> InputSpec:
             raise InputError("The input spec file is not a JSON object", received=text)
         scaling = values.pop("scaling", None)
         spec = InputSpec.from_dict({**spec.to_dict(), **values})
-        return spec.with_scaling(str(scaling)) if scaling else spec
+        return spec.with_scaling(str(scaling)) if scaling is not None else spec
     changes: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")

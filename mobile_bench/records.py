@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +124,7 @@ class Variant:
         _one_of("variant status", self.status, STATUSES)
         if self.status != "ok" and not self.reason:
             raise InputError("A variant that failed has no reason", received=self.name)
-        if isinstance(self.spec, dict):
+        if self.spec is not None and not isinstance(self.spec, InputSpec):
             object.__setattr__(self, "spec", InputSpec.from_dict(self.spec))
         for name, kind in (("inputs", Tensor), ("outputs", Tensor), ("steps", StepReport)):
             values = tuple(v if isinstance(v, kind) else kind(**v) for v in getattr(self, name))
@@ -220,7 +222,7 @@ class Measurement:
     def __post_init__(self):
         _one_of("measurement kind", self.kind, KINDS)
         _one_of("measurement status", self.status, STATUSES)
-        if isinstance(self.target, dict):
+        if not isinstance(self.target, Target):
             object.__setattr__(self, "target", Target(**self.target))
         for name in ("input_shape", "warmup_ms", "latency_ms", "delegated_ops", "fallback_ops", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -257,6 +259,8 @@ class StudyRecord:
     def __post_init__(self):
         for name in ("recipes", "expected"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 0 < self.deadline_ms < math.inf:
+            raise InputError("A study's deadline is not above 0", received=self.deadline_ms)
 
 
 def to_dict(record: Any) -> dict:
@@ -281,12 +285,40 @@ def from_dict(kind: type, values: dict) -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"A {kind.__name__} record has unknown fields", received=", ".join(unknown))
+    _check_type(values, kind, "")
     try:
         return kind(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"A {kind.__name__} record is incomplete or has a value of the wrong type", received=str(error)
         ) from error
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Raise InputError where JSON values do not fit a field's annotation, however deep they are."""
+    args, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return
+        hint = next(arg for arg in args if arg is not type(None))
+        return _check_type(value, hint, where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        for name in value.keys() & hints.keys():
+            _check_type(value[name], hints[name], f"{where}.{name}" if where else name)
+        return None
+    if origin is tuple and isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_type(item, args[0], f"{where}[{number}]")
+        return None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    fits = {
+        int: whole and not isinstance(value, bool),
+        float: isinstance(value, (int, float)) and not isinstance(value, bool),
+    }.get(hint, isinstance(value, dict if dataclasses.is_dataclass(hint) else origin or hint))
+    if not fits:
+        name = getattr(hint, "__name__", str(hint))
+        raise InputError(f"A record's {where} has the wrong type", received=repr(value)[:80], allowed=name)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,54 @@
+"""mobile_bench stays light: it must run on a Raspberry Pi."""
+
+import pytest
+
+HEAVY = {"tensorflow", "keras", "tf_keras", "pandas", "streamlit", "altair", "tfopt", "dashboard", "sklearn", "yaml"}
+MODULES = (
+    "cli",
+    "cli_support",
+    "device",
+    "errors",
+    "evaluate",
+    "files",
+    "inputs",
+    "interpreter",
+    "jobs",
+    "lock",
+    "measure",
+    "metadata",
+    "records",
+    "stats",
+    "store",
+    "transports",
+    "transports.local",
+    "worker",
+)
+
+
+def loaded_by(run_python, code):
+    done = run_python("-c", f"{code}\nimport sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_list_of_modules_is_complete():
+    from pathlib import Path
+
+    import mobile_bench
+
+    root = Path(mobile_bench.__file__).parent
+    found = {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for p in root.rglob("*.py")}
+    assert found - {"__init__", "__main__"} == set(MODULES)
+
+
+def test_the_package_alone_loads_nothing(run_python):
+    assert not loaded_by(run_python, "import mobile_bench") & (HEAVY | {"numpy", "typer", "rich", "ai_edge_litert"})
+
+
+@pytest.mark.parametrize("part", ["cli", "everything"])
+def test_nothing_heavy_is_loaded(run_python, part):
+    modules = ["cli"] if part == "cli" else MODULES
+    loaded = loaded_by(run_python, "\n".join(f"import mobile_bench.{module}" for module in modules))
+    assert not loaded & HEAVY
+    if part == "cli":
+        assert not loaded & {"numpy", "ai_edge_litert", "PIL"}, "--help should not wait for these"
