@@ -285,7 +285,9 @@ def from_dict(kind: type, values: dict) -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"A {kind.__name__} record has unknown fields", received=", ".join(unknown))
-    _check_type(values, kind, "")
+    wrong = _misfit(values, kind)
+    if wrong:
+        raise InputError(f"A {kind.__name__} record has a value of the wrong type", received=wrong)
     try:
         return kind(**values)
     except (TypeError, ValueError, AttributeError) as error:
@@ -294,31 +296,27 @@ def from_dict(kind: type, values: dict) -> Any:
         ) from error
 
 
-def _check_type(value: Any, hint: Any, where: str) -> None:
-    """Raise InputError where JSON values do not fit a field's annotation, however deep they are."""
+def _misfit(value: Any, hint: Any, where: str = "") -> str | None:
+    """The first JSON value that does not fit its field's annotation, however deep it lies; None if all fit."""
     args, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
-            return
-        hint = next(arg for arg in args if arg is not type(None))
-        return _check_type(value, hint, where)
+            return None
+        return _misfit(value, next(arg for arg in args if arg is not type(None)), where)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         hints = typing.get_type_hints(hint)
-        for name in value.keys() & hints.keys():
-            _check_type(value[name], hints[name], f"{where}.{name}" if where else name)
-        return None
-    if origin is tuple and isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            _check_type(item, args[0], f"{where}[{number}]")
-        return None
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    fits = {
-        int: whole and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool),
-    }.get(hint, isinstance(value, dict if dataclasses.is_dataclass(hint) else origin or hint))
-    if not fits:
-        name = getattr(hint, "__name__", str(hint))
-        raise InputError(f"A record's {where} has the wrong type", received=repr(value)[:80], allowed=name)
+        inside = ((value[n], hints[n], f"{where}.{n}" if where else n) for n in value if n in hints)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        inside = ((item, args[0], f"{where}[{number}]") for number, item in enumerate(value))
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = {int: number and value == int(value), float: number} if number and math.isfinite(value) else {}
+        plain = dict if dataclasses.is_dataclass(hint) else origin or hint
+        if fits.get(hint, hint not in (int, float) and isinstance(value, plain)):
+            return None
+        name = {dict: "object", tuple: "list"}.get(plain, getattr(plain, "__name__", str(plain)))
+        return f"{where} = {value!r:.60}, which is not of type {name}"
+    return next(filter(None, (_misfit(*item) for item in inside)), None)
 
 
 def _plain(value: Any) -> Any:
