@@ -8,6 +8,7 @@ data = tfopt.data.from_arrays((x, y), test=(x2, y2), class_names=["cat", "dog"])
 from __future__ import annotations
 
 import dataclasses
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def load(place: str | Path, progress: Progress | None = None) -> ImageData:
             (x_train, y_train), test=(x_test, y_test), class_names=CLASSES[text], name=text, source=source
         )
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return load_folder(path, progress)
     if path.suffix == ".npz":
         return _load_npz(path)

@@ -254,7 +254,7 @@ def make_splits(
     if validation is not None:
         validation = validation.subset(np.flatnonzero(apart("validation", validation, {"test": test})))
     kept = apart("train", train, {"test": test, "validation": validation})
-    tenth = identity % np.uint64(10)
+    tenth = _tenths(identity[kept], identity, (validation is None) * [0] + (test is None) * [1])
     if validation is None:
         validation = train.subset(np.flatnonzero(kept & (tenth == 0)))
         kept &= tenth != 0
@@ -272,6 +272,16 @@ def make_splits(
             )
     splits = {"train": train, "validation": validation, "test": test, "calibration": train.balanced(CALIBRATION_IMAGES)}
     return splits, notes
+
+
+def _tenths(present: np.ndarray, identity: np.ndarray, needed: list[int]) -> np.ndarray:
+    """0 to 9 for each identity: its last decimal digit, or the one before.
+
+    Images that an earlier division has put into one split all share their last digits, so that another
+    division by it would leave a split empty.
+    """
+    last, before = identity % np.uint64(10), identity // np.uint64(10) % np.uint64(10)
+    return last if np.isin(needed, present % np.uint64(10)).all() else before
 
 
 def missing_classes(splits: dict[str, Split], class_names: tuple[str, ...]) -> list[str]:
