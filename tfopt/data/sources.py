@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobile_bench.files import atomic_path
+from mobile_bench.files import write_bytes
 from tfopt.data.cache import cache_folder
 from tfopt.errors import DataError, InputError
 
@@ -77,8 +78,9 @@ def load_arrays(name: str, progress: Callable[[int, int, dict], None] | None = N
             reasons.append(f"{source}: {_short(error)}")
             continue
         try:
-            with atomic_path(cached) as temporary, open(temporary, "wb") as file:
-                np.savez_compressed(file, **dict(zip(_MEMBERS, arrays)))
+            packed = io.BytesIO()
+            np.savez_compressed(packed, **dict(zip(_MEMBERS, arrays)))
+            write_bytes(cached, packed.getvalue())
         except InputError as problem:
             warnings.warn(f"{name} will be fetched again next time. {problem}", RuntimeWarning, stacklevel=3)
         return arrays, source
