@@ -33,7 +33,7 @@ class Advice:
 
 
 def recommend(frame: pd.DataFrame, deadline_ms: float, points: float = 1.0) -> Advice:
-    """Judge the rows of frames.variants made with this deadline. Of equally accurate variants the smaller one is named."""
+    """Judge the rows of frames.variants made with this deadline. Of equally accurate ones the smaller is named."""
     measured = frame[frame["median_ms"].notna() & frame["top1"].notna()]
     if measured.empty:
         return _nothing(frame)
@@ -64,8 +64,8 @@ def recommend(frame: pd.DataFrame, deadline_ms: float, points: float = 1.0) -> A
         small = measured.loc[smallest]
         parts += [
             (". To save space, ", False), (name(smallest), True),
-            (f": {text.size(small['size_bytes'])} instead of {text.size(row['size_bytes'])}, {text.percent(small['top1'])}, "
-             f"within {in_points(points)} of the best unoptimized model.", False),
+            (f": {text.size(small['size_bytes'])} instead of {text.size(row['size_bytes'])}, "
+             f"{text.percent(small['top1'])}, within {in_points(points)} of the best unoptimized model.", False),
         ]  # fmt: skip
     elif reference is not None:
         parts.append(

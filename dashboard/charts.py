@@ -7,6 +7,8 @@ a shape or the tooltip says too.
 
 from __future__ import annotations
 
+import itertools
+
 import altair as alt
 import numpy as np
 import pandas as pd
@@ -15,9 +17,9 @@ from dashboard import text
 from mobile_bench import stats
 from mobile_bench.records import Measurement
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#8C8C8C")
+PALETTE = ("#2A85C7", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#8C8C8C")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
-DEADLINE, NEUTRAL, MEDIAN, P99 = "#D1495B", "#8A9099", "#0072B2", "#E69F00"
+DEADLINE, NEUTRAL, MEDIAN, P99 = "#D1495B", "#8A9099", "#2A85C7", "#E69F00"
 
 #: What the trade-off's horizontal axis can be: column -> (title with unit, factor from the column's unit).
 AXES = {
@@ -27,10 +29,11 @@ AXES = {
     "macs": ("Multiply-accumulates (millions, logarithmic)", 1e-6),
 }
 HOW_TO_READ = (
-    "Up and left is better. Filled marks: nothing else is more accurate, faster and smaller at once. The stepped line is the "
-    "front of the two axes. Thin lines are 95% intervals. The larger the mark, the larger the file."
+    "Up and left is better. Filled marks: nothing else is more accurate, faster and smaller at once. The stepped line "
+    "is the front of the two axes. Thin lines are 95% intervals. The larger the mark, the larger the file."
 )
-#: A deadline further right than this many times the slowest point is named, not drawn: it would squeeze the points.
+#: A deadline further right than this many times the slowest point stands at the edge and says how far it really is:
+#: in its place it would squeeze the points.
 REACH = 4.0
 
 
@@ -40,8 +43,8 @@ def trade_off(
     """Accuracy against `x`, area by file size, with 95% error bars, the front and the deadline.
 
     The stepped line is the front of these two axes; a filled mark is on the front of accuracy, latency and
-    size together. whole: draw the deadline even where it lies far right of every point. None where no row
-    has both values.
+    size together. whole: draw the deadline in its place even where that is far right of every point. None
+    where no row has both values.
     """
     title, factor = AXES[x]
     shown = frame[frame["top1"].notna() & frame[x].notna() & (frame[x] > 0)].copy()
@@ -81,7 +84,8 @@ def trade_off(
     )  # fmt: skip
     shape = alt.Shape(
         "model:N", title="Model", scale=alt.Scale(domain=models, range=_repeat(SHAPES, len(models))),
-        legend=alt.Legend(orient="bottom", symbolFillColor=NEUTRAL, symbolStrokeColor=NEUTRAL) if len(models) > 1 else None,
+        legend=None if len(models) < 2
+        else alt.Legend(orient="bottom", symbolFillColor=NEUTRAL, symbolStrokeColor=NEUTRAL),
     )  # fmt: skip
     bars = base.mark_rule(opacity=0.45).encode(x=x_axis, y=alt.Y("top1_low:Q"), y2="top1_high:Q", color=color)
     layers = [_front_line(shown, x_axis, y_scale), bars]
@@ -100,12 +104,13 @@ def trade_off(
     )  # fmt: skip
     layers += [points, *_front_names(shown, x_axis, y_scale)]
     if with_deadline:
-        layers += _deadline_rule(deadline_ms)
-    chart = alt.layer(*layers).properties(height=height, width="container")
-    if error_bars and far:
-        said = f"The deadline of {text.rate(deadline_ms)} is off to the right: {deadline_ms / shown['p90_ms'].max():,.0f} times the slowest."
-        chart = chart.properties(title=alt.Title(said, anchor="end", fontSize=12, fontWeight="normal", color=DEADLINE))
-    return chart
+        layers += _deadline_rule(deadline_ms, f"deadline {text.rate(deadline_ms)}")
+    elif error_bars:
+        times = deadline_ms / shown["p90_ms"].max()
+        layers += _deadline_rule(
+            right * 1.15, f"deadline {text.rate(deadline_ms)} further right, {times:,.0f}× the slowest ▸"
+        )
+    return alt.layer(*layers).properties(height=height, width="container")
 
 
 def latency(
@@ -113,12 +118,12 @@ def latency(
 ) -> alt.LayerChart:
     """How the samples of one measurement are spread: a histogram with median, p99 and deadline.
 
-    The deadline is drawn where it lies near the samples. Samples beyond 1.5 times the 99th percentile
-    are counted in the title and not drawn.
+    The title names what lies too far away to be drawn: samples beyond 1.5 times the 99th percentile, a
+    deadline beyond them or below half of the fastest.
     """
     samples = np.asarray(measurement.latency_ms)
     summary = stats.summarize(measurement)
-    near = deadline_ms <= 1.5 * summary.p99_ms
+    near = summary.min_ms / 2 <= deadline_ms <= 1.5 * summary.p99_ms
     limit = max(1.5 * summary.p99_ms, 1e-6)
     drawn = samples[samples <= limit]
     left, right = float(drawn.min()), float(drawn.max())
@@ -126,7 +131,7 @@ def latency(
     bins = int(np.clip(np.sqrt(len(drawn)) * 1.6, 8, 48))
     counts, edges = np.histogram(drawn, bins, (left - room / 2, right + room / 2))
     frame = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "runs": counts})
-    frame["span"] = [f"{text.significant(a)} to {text.ms(b)}" for a, b in zip(edges[:-1], edges[1:])]
+    frame["span"] = [f"{text.significant(a)} to {text.ms(b)}" for a, b in itertools.pairwise(edges)]
     frame = frame[frame["runs"] > 0]
     domain = [
         min(left - room, deadline_ms * 0.98 if near else left),
@@ -141,7 +146,7 @@ def latency(
             x2="high:Q",
             y=alt.Y("runs:Q", title="Timed runs", axis=alt.Axis(tickMinStep=1, tickCount=4)),
             tooltip=[alt.Tooltip("span:N", title="Latency"), alt.Tooltip("runs:Q", title="Runs")],
-        )  # fmt: skip
+        )
     )
     marks = [("median", summary.median_ms, MEDIAN), ("p99", summary.p99_ms, P99)]
     if near:
@@ -158,10 +163,16 @@ def latency(
         x=alt.X("at:Q"), color=color, strokeDash=dash, tooltip=[alt.Tooltip("label:N", title="Mark")]
     )  # fmt: skip
     chart = alt.layer(bars, lines).properties(height=height, width=width)
-    hidden = len(samples) - len(drawn)
+    hidden, said = len(samples) - len(drawn), []
     if hidden:
-        said = f"{text.plural(hidden, 'slower run')} up to {text.ms(summary.max_ms)} not drawn"
-        chart = chart.properties(title=alt.Title(said, anchor="end", fontSize=11, fontWeight="normal", color=NEUTRAL))
+        said.append(f"{text.plural(hidden, 'slower run')} up to {text.ms(summary.max_ms)}")
+    if not near:
+        said.append(f"the deadline of {text.ms(deadline_ms)}")
+    if said:
+        title = alt.Title(
+            f"not drawn: {', '.join(said)}", anchor="end", fontSize=11, fontWeight="normal", color=NEUTRAL
+        )
+        chart = chart.properties(title=title)
     return chart
 
 
@@ -225,7 +236,7 @@ def _front_line(shown: pd.DataFrame, x_axis: alt.X, y_scale: alt.Scale) -> alt.C
 
 def _front_names(shown: pd.DataFrame, x_axis: alt.X, y_scale: alt.Scale) -> list[alt.Chart]:
     """The names of the variants on the line, above their error bars and turned towards the middle."""
-    front = shown.iloc[_front_of(shown)]
+    front = _apart(shown.iloc[_front_of(shown)], shown)
     middle = np.exp(np.log(shown["x"]).agg(["min", "max"]).mean())
     layers = []
     for align, part in (("left", front[front["x"] <= middle]), ("right", front[front["x"] > middle])):
@@ -241,12 +252,28 @@ def _front_names(shown: pd.DataFrame, x_axis: alt.X, y_scale: alt.Scale) -> list
     return layers
 
 
+def _apart(front: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
+    """Those of the front whose names do not lie on each other, the more accurate first."""
+    wide = float(np.log(shown["x"].max() / shown["x"].min())) or 1.0
+    high = float(shown["top1_high"].max() - shown["top1_low"].min()) or 1.0
+    kept: list[pd.Series] = []
+    for _, row in front.sort_values("top1", ascending=False).iterrows():
+        near = [
+            k
+            for k in kept
+            if abs(np.log(row["x"] / k["x"])) < 0.3 * wide and k["top1_high"] - row["top1_high"] < 0.12 * high
+        ]
+        if not near:
+            kept.append(row)
+    return pd.DataFrame(kept)
+
+
 def _front_of(shown: pd.DataFrame) -> list[int]:
     return stats.pareto(shown[["top1", "x"]].to_numpy().tolist(), ("max", "min"))
 
 
-def _deadline_rule(deadline_ms: float) -> list[alt.Chart]:
-    data = pd.DataFrame([{"at": deadline_ms, "label": f"deadline {text.rate(deadline_ms)}"}])
+def _deadline_rule(at: float, label: str) -> list[alt.Chart]:
+    data = pd.DataFrame([{"at": at, "label": label}])
     rule = alt.Chart(data).mark_rule(color=DEADLINE, strokeWidth=2, strokeDash=[6, 3]).encode(
         x=alt.X("at:Q"), tooltip=[alt.Tooltip("label:N", title="Limit")]
     )  # fmt: skip
@@ -269,7 +296,7 @@ def _said(shown: pd.DataFrame) -> dict[str, list[str]]:
     return {
         "said_top1": [f"{r['top1']:.2f}% [{r['top1_low']:.2f}, {r['top1_high']:.2f}]" for r in rows],
         "said_ms": [
-            f"{text.ms(r['median_ms'])} [{text.significant(r['median_low_ms'])}, {text.significant(r['median_high_ms'])}]"
+            f"{text.ms(r['median_ms'])} [{', '.join(map(text.significant, (r['median_low_ms'], r['median_high_ms'])))}]"
             if t else "not measured" for r, t in zip(rows, timed)
         ],
         "said_fps": [text.fps(r["fps"]) for r in rows],

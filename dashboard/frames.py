@@ -205,7 +205,8 @@ _COLUMNS = {
         (
             "top1", "top1_low", "top1_high", "images", "agreement", "baseline_agreement", "keras_top1", "delta_points",
             "size_bytes", "gzip_bytes", "parameters", "macs", "times_smaller", "median_ms", "median_low_ms",
-            "median_high_ms", "p90_ms", "p99_ms", "fps", "load_ms", "peak_rss_bytes", "samples", "times_faster", "deadline_ms",
+            "median_high_ms", "p90_ms", "p99_ms", "fps", "load_ms", "peak_rss_bytes", "samples", "times_faster",
+            "deadline_ms",
         ),
         "float64",
     ),

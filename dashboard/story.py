@@ -39,7 +39,8 @@ def step_facts(report: StepReport) -> list[str]:
         facts.append("stopped early")
     facts.append(text.plural(len(report.touched), "layer") + " changed")
     for name, old, new in (
-        ("parameters", report.parameters_before, report.parameters_after), ("MACs", report.macs_before, report.macs_after),
+        ("parameters", report.parameters_before, report.parameters_after),
+        ("MACs", report.macs_before, report.macs_after),
     ):  # fmt: skip
         facts.append(
             f"{name} {text.count(old)} → {text.count(new)}" if old != new else f"{name} {text.count(old)}, unchanged"

@@ -113,15 +113,16 @@ def warm_up(model: Model) -> tuple[list[float], bool]:
         if passed_s >= WARMUP_MIN_S and is_steady(times_ms):
             return times_ms, True
         if passed_s >= WARMUP_MAX_S or (len(times_ms) >= WARMUP_MAX_RUNS and passed_s >= WARMUP_MIN_S):
-            return times_ms, False
+            # A slow model has had few runs by now: judge it by what there is.
+            return times_ms, len(times_ms) < 2 or is_steady(times_ms, min(STEADY_RUNS, len(times_ms) // 2))
 
 
-def is_steady(times_ms: list[float]) -> bool:
-    """Whether the last 5 times have a median within 5% of that of the 5 before."""
-    if len(times_ms) < 2 * STEADY_RUNS:
+def is_steady(times_ms: list[float], window: int = STEADY_RUNS) -> bool:
+    """Whether the last `window` times have a median within 5% of that of as many before them."""
+    if len(times_ms) < 2 * window:
         return False
-    before = statistics.median(times_ms[-2 * STEADY_RUNS : -STEADY_RUNS])
-    now = statistics.median(times_ms[-STEADY_RUNS:])
+    before = statistics.median(times_ms[-2 * window : -window])
+    now = statistics.median(times_ms[-window:])
     return abs(now - before) <= STEADY_CHANGE * before
 
 

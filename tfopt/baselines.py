@@ -1,7 +1,7 @@
 """Train a classifier from scratch, and the card that says what it is.
 
-    FOLDER/model.keras    the model, with its InputSpec inside
-    FOLDER/card.json      data, command, seed, accuracy of the exported file with its interval, size, date
+FOLDER/model.keras    the model, with its InputSpec inside
+FOLDER/card.json      data, command, seed, accuracy of the exported file with its interval, size, date
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def train(
     return write_card(out, data, training_report=report.to_dict(), config=config, seed=seed, command=command)
 
 
-def write_card(out: Path, data: ImageData, *, training_report: dict, config: TrainConfig, seed: int, command: str) -> dict:
+def write_card(
+    out: Path, data: ImageData, *, training_report: dict, config: TrainConfig, seed: int, command: str
+) -> dict:
     """Export FOLDER/model.keras to float32, count its right answers on test, and write card.json."""
     from tfopt import models
     from tfopt.graph import count_macs, count_parameters

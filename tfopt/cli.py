@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.cli_support import run_app
@@ -342,18 +343,21 @@ def _show(made, as_json: bool) -> None:
     if as_json:
         _print_json({"schema_version": SCHEMA_VERSION, "study": str(made.folder), "variants": rows})
         return
+    page = Console() if sys.stdout.isatty() else Console(width=150)
+    wide = page.width >= 125
     table = Table(box=None, header_style="bold")
-    columns = ("model", "variant", "top-1 [95%]", "agrees", "size", "gzip", "median", "p99", "frames/s", "in time")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 3 else "right", no_wrap=True)
+    for index, column in enumerate(commands.columns(wide)):
+        table.add_column(column, justify="left" if index < 3 else "right", no_wrap=page.width >= 90)
     for row in rows:
         if row["status"] != "ok":
-            table.add_row(row["model"], f"[red]{row['variant']}[/]", f"[red]failed[/]: {row['reason'][:60]}")
+            table.add_row(
+                row["model"], f"[red]{row['variant']}[/]", f"[red]{row['status']}[/]: {escape(row['reason'])}"
+            )
             continue
-        table.add_row(*commands.cells(row))
-    Console().print(table)
+        table.add_row(*commands.cells(row, wide))
+    page.print(table)
     if made.record.data.get("note"):
-        Console().print(made.record.data["note"], highlight=False)
+        page.print(made.record.data["note"], highlight=False)
 
 
 def _load_data(place: str):

@@ -154,27 +154,32 @@ def rows(study: store.Study) -> list[dict]:
     return found
 
 
-def cells(row: dict) -> list[str]:
+def columns(wide: bool) -> list[str]:
+    """Heads of the table that `cells` fills; a narrow one leaves out what is second."""
+    names = ["model", "variant", "top-1 [95%]", "agrees", "size", "gzip", "median", "p99", "frames/s", "in time"]
+    return names if wide else [name for name in names if name not in _SECOND]
+
+
+_SECOND = ("agrees", "gzip", "p99")
+
+
+def cells(row: dict, wide: bool) -> list[str]:
     """A row as the terminal shows it."""
     low, high = row.get("top1_95", (0, 0))
-    top1 = f"{row['top1']:.2%} [{low:.2%}, {high:.2%}]" if "top1" in row else "-"
-    agreement = f"{row['agreement']:.2%}" if row.get("agreement") is not None else "-"
-    size, packed = (f"{row[key] / 1e3:.1f} kB" for key in ("size_bytes", "gzip_bytes"))
-    if "median_ms" not in row:
-        return [row["model"], row["variant"], top1, agreement, size, packed, "-", "-", "-", "-"]
-    in_time = "[green]yes[/]" if row["meets_deadline"] else "[red]no[/]"
-    return [
-        row["model"],
-        row["variant"],
-        top1,
-        agreement,
-        size,
-        packed,
-        f"{row['median_ms']:.3f} ms",
-        f"{row['p99_ms']:.3f} ms",
-        f"{row['fps']:,.0f}",
-        in_time,
-    ]
+    timed = "median_ms" in row
+    found = {
+        "model": row["model"],
+        "variant": row["variant"],
+        "top-1 [95%]": f"{row['top1']:.2%} [{low:.2%}, {high:.2%}]" if "top1" in row else "-",
+        "agrees": f"{row['agreement']:.2%}" if row.get("agreement") is not None else "-",
+        "size": f"{row['size_bytes'] / 1e3:.1f} kB",
+        "gzip": f"{row['gzip_bytes'] / 1e3:.1f} kB",
+        "median": f"{row['median_ms']:.3f} ms" if timed else "-",
+        "p99": f"{row['p99_ms']:.3f} ms" if timed else "-",
+        "frames/s": f"{row['fps']:,.0f}" if timed else "-",
+        "in time": ("[green]yes[/]" if row["meets_deadline"] else "[red]no[/]") if timed else "-",
+    }
+    return [found[name] for name in columns(wide)]
 
 
 def _beside(file: Path) -> Path | None:

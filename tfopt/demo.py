@@ -22,13 +22,19 @@ RECIPES = ("baseline", "prune", "qat", "lowrank", "distill", "distill_prune_qat"
 TRAINING = {
     "prune": {"steps": 150},
     "qat": {"steps": 100},
-    "factorize": {"steps": 150},
+    "factorize": {"steps": 200, "learning_rate": 2e-3},
     "distill": {"steps": 400, "batch_size": 128},
     "*": {"evaluations": 1, "validation_images": 2000},
 }
 
 #: how a shipped baseline is fitted to classes it has never seen.
-ADAPTATION = {"steps": 400, "batch_size": 128, "learning_rate": 3e-3, "augmentation": "crop_flip", "validation_images": 2000}
+ADAPTATION = {
+    "steps": 400,
+    "batch_size": 128,
+    "learning_rate": 3e-3,
+    "augmentation": "crop_flip",
+    "validation_images": 2000,
+}
 
 
 def baselines_folder() -> Path:
@@ -37,7 +43,9 @@ def baselines_folder() -> Path:
         if folder.is_dir():
             return folder
     raise InputError(
-        "The shipped baselines are not here", received=BASELINES.resolve(), next_step="Run the demo from a clone of the repository"
+        "The shipped baselines are not here",
+        received=BASELINES.resolve(),
+        next_step="Run the demo from a clone of the repository",
     )
 
 
@@ -79,7 +87,12 @@ def _adapted(images: ImageData, progress: Callable[[str], None]) -> list[Path]:
         loaded = models.adapt(models.load(folder / "model.keras"), images.class_names)
         ready = images.decoded(loaded.spec)
         report = training.fit(
-            loaded.model, ready["train"], ready["validation"], loaded.spec, training.TrainConfig(**ADAPTATION), keras=keras
+            loaded.model,
+            ready["train"],
+            ready["validation"],
+            loaded.spec,
+            training.TrainConfig(**ADAPTATION),
+            keras=keras,
         )
         models.save(loaded.model, place, dataclasses.replace(loaded.spec, labels=images.class_names))
         progress(
@@ -87,4 +100,3 @@ def _adapted(images: ImageData, progress: Callable[[str], None]) -> list[Path]:
             f"validation {report.accuracy_after:.1%}. Train a real one with tfopt train"
         )
     return adapted
-

@@ -82,7 +82,11 @@ def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | Non
             value = link(value)
         return value
 
-    graph = keras.Model(model.inputs[0], model.outputs[0], name=model.name) if isinstance(model, keras.Sequential) else model
+    graph = (
+        keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+        if isinstance(model, keras.Sequential)
+        else model
+    )
     with uncompiled(graph):
         copy = keras.models.clone_model(graph, clone_function=_clone, call_function=call, recursive=True)
     targets = {layer.name: layer for layer in flat_layers(copy)}

@@ -28,7 +28,7 @@ from mobile_bench.records import StepReport, from_dict, to_dict
 from tfopt.data.splits import ImageData, Split
 from tfopt.technique import Context, OptimizedModel, Property, Technique
 
-_VERSIONED = ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert")
+_VERSIONED = ("tfopt", "tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert")
 
 
 @dataclass(frozen=True)

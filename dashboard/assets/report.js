@@ -1,9 +1,28 @@
-const spec = JSON.parse(document.getElementById("spec").textContent);
-if (spec) {
-  vegaEmbed("#trade-off", spec, { actions: false, renderer: "svg", tooltip: { theme: "custom" } }).catch((error) => {
-    document.getElementById("trade-off").textContent = "The chart cannot be drawn: " + error.message;
+const config = JSON.parse(document.getElementById("config").textContent);
+
+async function draw(figure) {
+  const source = figure.querySelector("script");
+  if (!source) return;
+  const spec = JSON.parse(source.textContent);
+  source.remove();
+  try {
+    await vegaEmbed(figure, { ...spec, config }, { actions: false, renderer: "svg", tooltip: { theme: "custom" } });
+  } catch (error) {
+    figure.textContent = "The chart cannot be drawn: " + error.message;
     throw error;
-  });
+  }
+}
+
+// What is seen first, then the rest while nothing else happens, so that a print has every chart.
+(async () => {
+  for (const figure of document.querySelectorAll("figure")) {
+    if (figure.closest("details")) await new Promise((next) => setTimeout(next, 30));
+    await draw(figure);
+  }
+  document.documentElement.dataset.drawn = "all";
+})();
+for (const part of document.querySelectorAll("details")) {
+  part.addEventListener("toggle", () => part.querySelectorAll("figure").forEach(draw));
 }
 
 const body = document.querySelector("#variants tbody");
@@ -15,8 +34,8 @@ for (const button of document.querySelectorAll("#variants thead button")) {
     heading.setAttribute("aria-sort", downwards ? "descending" : "ascending");
     const value = (row) => {
       const cell = row.cells[column];
-      if (!cell || (column && row.cells.length < heading.parentElement.cells.length)) return null;
-      if (cell.dataset.value === undefined) return cell.textContent;
+      if (column && row.cells.length < heading.parentElement.cells.length) return null;
+      if (cell.dataset.value === undefined) return cell.textContent.toLowerCase();
       return cell.dataset.value === "" ? null : Number(cell.dataset.value);
     };
     const rows = [...body.rows].sort((one, two) => {

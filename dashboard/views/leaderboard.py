@@ -53,21 +53,18 @@ def _card(view: View, title: str, key: str) -> None:
     row = view.frame.loc[key]
     st.caption(title)
     st.markdown(f"#### {text.markdown(advice.name(key))}")
-    columns = st.columns(3)
-    columns[0].metric(
-        "Top-1",
-        text.percent(row.top1),
-        points_delta(row),
-        help=f"95% interval {text.interval(row.top1_low, row.top1_high)}",
-    )
-    smaller = row.times_smaller if row.times_smaller == row.times_smaller and row.times_smaller > 1.05 else None
-    columns[1].metric(
-        "Size", text.size(row.size_bytes), smaller and f"{text.times(smaller)} smaller", delta_arrow="off"
-    )
-    columns[2].metric(
-        "Median", text.ms(row.median_ms), f"{text.fps(row.fps)} frames/s", delta_arrow="off", delta_color="off",
-        help=f"95% interval {text.significant(row.median_low_ms)} to {text.ms(row.median_high_ms)}",
-    )  # fmt: skip
+    smaller = f"{text.times(row.times_smaller)} smaller" if row.times_smaller >= 1.05 else None
+    with st.container(horizontal=True, gap="medium"):
+        st.metric(
+            "Top-1", text.percent(row.top1), points_delta(row), width=130,
+            help=f"95% interval {text.interval(row.top1_low, row.top1_high)}",
+        )  # fmt: skip
+        st.metric("Size", text.size(row.size_bytes), smaller, delta_arrow="off", width=130)
+        st.metric(
+            "Median", text.ms(row.median_ms), f"{text.fps(row.fps)} frames/s", delta_arrow="off", delta_color="off",
+            width=140,
+            help=f"95% interval {text.significant(row.median_low_ms)} to {text.ms(row.median_high_ms)}",
+        )  # fmt: skip
     with st.container(horizontal=True):
         download_button(view, key, where=f"card {title[:4]}")
         _open_button(view, key, where=f"card {title[:4]}")
@@ -97,8 +94,8 @@ def _table(view: View, shown: pd.DataFrame) -> None:
     grey = ~shown["meets"].fillna(False).astype(bool)
     styled = table.style.apply(lambda _: ["color: #8A9099" if dim else "" for dim in grey], axis=0)
     picked = st.dataframe(
-        styled, hide_index=True, height=min(36 * (len(table) + 1) + 4, 760), on_select="rerun", selection_mode="single-row",
-        key="table", column_config=_columns(table),
+        styled, hide_index=True, height=min(36 * (len(table) + 1) + 4, 760), on_select="rerun",
+        selection_mode="single-row", key="table", placeholder="", column_config=_columns(table),
     )  # fmt: skip
     rows = picked.selection.rows
     if rows and rows[0] < len(shown):

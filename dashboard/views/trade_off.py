@@ -44,5 +44,6 @@ def _front(view: View) -> None:
         f"| {text.ms(row.median_ms)} | {text.fps(row.fps)} | {'✓' if row.meets else '✗'} |"
         for key, row in front.iterrows()
     ]
-    head = f"| Variant, fastest first | Top-1 | Size | Median | Frames/s | {text.rate(view.deadline_ms)} |\n|:--|--:|--:|--:|--:|:-:|\n"
+    limit = text.rate(view.deadline_ms)
+    head = f"| Variant, fastest first | Top-1 | Size | Median | Frames/s | {limit} |\n|:--|--:|--:|--:|--:|:-:|\n"
     st.markdown(head + "\n".join(lines))

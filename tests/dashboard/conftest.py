@@ -111,7 +111,8 @@ def measurement(sha: str, median_ms: float, seed: int = 0, device=DEVICE, target
         f"run{seed:04d}", "latency", sha, target or Target(), "ok", input_shape=(1, 32, 32, 3), load_ms=2.31,
         first_inference_ms=median_ms * 1.8, warmup_ms=latencies(median_ms * 1.2, seed + 1, 30),
         latency_ms=latencies(median_ms, seed), peak_rss_bytes=61_000_000, device=device, load_average=0.4,
-        warnings=("the load average was 3.2 with 1 thread(s) on 2 cores",), started_at=f"2026-11-23T07:01:{seed % 60:02d}+00:00",
+        warnings=("the load average was 3.2 with 1 thread(s) on 2 cores",),
+        started_at=f"2026-11-23T07:01:{seed % 60:02d}+00:00",
     )  # fmt: skip
 
 
@@ -119,8 +120,8 @@ def write_record(study: Path, expected, *, finished=True, **changes) -> None:
     facts = {
         "name": "demo-cifar10",
         "data": {
-            "name": "cifar10", "source": "class folders", "fingerprint": "f00d", "note": NOTE, "classes": ["cat", "dög"],
-            "images": {"train": 45_000, "validation": 5_000, "test": 10_000, "calibration": 512},
+            "name": "cifar10", "source": "class folders", "fingerprint": "f00d", "note": NOTE,
+            "classes": ["cat", "dög"], "images": {"train": 45_000, "validation": 5_000, "test": 10_000, "calibration": 512},
         },
         "models": {"resnet8": {"source": "resnet8.keras"}}, "recipes": ("baseline", "qat"), "expected": tuple(expected),
         "machine": MACHINE, "tools": {"tensorflow": "2.21.0"}, "created_at": "2026-11-23T06:50:00+00:00",
@@ -194,8 +195,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync",
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update",
     ]  # fmt: skip
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=place, args=flags)

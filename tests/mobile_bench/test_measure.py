@@ -174,9 +174,22 @@ def test_warm_up_gives_up_on_times_that_never_settle(monkeypatch):
 
     monkeypatch.setattr(worker.time, "perf_counter_ns", lambda: now[0])
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0] / 1e9)
-    monkeypatch.setattr(worker, "is_steady", lambda times_ms: False)
+    monkeypatch.setattr(worker, "is_steady", lambda times_ms, window=5: False)
     times_ms, steady = worker.warm_up(Fake())
     assert not steady and 3000 <= sum(times_ms) < 3100
+
+
+@pytest.mark.parametrize(("times_s", "steady"), [((4,), True), ((2, 2), True), ((2, 1), False)])
+def test_a_slow_model_is_judged_by_the_few_runs_there_are(monkeypatch, times_s, steady):
+    now, left = [0], list(times_s)
+
+    class Fake:
+        def run(self):
+            now[0] += int(1e9 * left.pop(0))
+
+    monkeypatch.setattr(worker.time, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0] / 1e9)
+    assert worker.warm_up(Fake()) == ([1000 * t for t in times_s], steady)
 
 
 def test_planned_runs_fill_a_second_within_limits():

@@ -69,7 +69,7 @@ def test_the_debian_package_stands_in_for_a_download_and_is_cached(no_download, 
 def test_a_set_that_no_source_has_says_what_each_said(no_download):
     with pytest.raises(
         DataError,
-        match=r"mnist cannot be had from anywhere.*Keras's download: .*URL fetch failure.*Connect.*cache/data/mnist\.npz",
+        match=r"mnist cannot be had.*download: .*URL fetch.*Connect.*cache/data/mnist\.npz",
     ):
         data.load("mnist")
 

@@ -37,9 +37,9 @@ class Factorize(Technique):
     adds: ClassVar[frozenset[Property]] = frozenset({Property.LOW_RANK})
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.NARROW, Property.LOW_RANK})
 
-    energy: float = 0.95
+    energy: float = 0.9
     rank_ratio: float | None = None
-    min_gain: float = 0.1
+    min_gain: float = 0.05
     only_if_cheaper: bool = True
     exclude: tuple[str, ...] = ()
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-3))

@@ -33,10 +33,10 @@ from tfopt.tfmot.neutral import Graph, Node, Weights
 from tfopt.tfmot.rebuild import build, values
 
 KERNELS = ("Conv2D", "DepthwiseConv2D", "Dense", "Conv2DTranspose")
-#: operations that only move numbers, or whose int8 output has a fixed scale in TFLite
+#: operations whose int8 output has the scale of their input, or a fixed one, in TFLite
 _TRANSPARENT = (
     "Flatten", "Reshape", "Permute", "ZeroPadding2D", "Cropping2D", "Dropout", "SpatialDropout2D", "MaxPooling2D",
-    "GlobalMaxPooling2D", "Softmax",
+    "AveragePooling2D", "GlobalMaxPooling2D", "UpSampling2D", "Softmax",
 )  # fmt: skip
 _FIXED_SCALE = ("softmax", "sigmoid", "tanh", "linear")
 _RANGE_DECAY = 0.99
@@ -143,7 +143,7 @@ class FakeQuantized:
         trainable = [norm.trainable for norm in norms]
         for norm in norms:
             norm.trainable = False  # its statistics are not what is being measured
-        forward = tf.function(lambda images: self.model(images, training=True), reduce_retracing=True)
+        forward = tf.function(lambda images: self.model(images, training=True), autograph=False, reduce_retracing=True)
         for number, images in enumerate(batches):
             decay.assign(number / (number + 1))  # a plain average over the batches
             forward(tf.constant(images))

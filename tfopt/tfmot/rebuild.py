@@ -56,6 +56,7 @@ class HardSilu(tf_keras.layers.Layer):
 _OWN = {"Scalar": Scalar, "HardSilu": HardSilu}
 
 
+@tf.autograph.experimental.do_not_convert  # nothing here needs it, and TFMOT's wrappers take five times as long with it
 def build(
     graph: Graph, weights: Weights, wrap: Wrap | None = None, entry: Callable | None = None
 ) -> tuple[tf_keras.Model, dict[str, tf.Variable]]:
