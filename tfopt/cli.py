@@ -350,12 +350,13 @@ def _show(made, as_json: bool) -> None:
         table.add_column(column, justify="left" if index < 3 else "right", no_wrap=page.width >= 90)
     for row in rows:
         if row["status"] != "ok":
-            table.add_row(
-                row["model"], f"[red]{row['variant']}[/]", f"[red]{row['status']}[/]: {escape(row['reason'])}"
-            )
+            table.add_row(row["model"], row["variant"], f"[red]{row['status']}[/]")
             continue
         table.add_row(*commands.cells(row, wide))
     page.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            page.print(f"[red]{row['model']}/{row['variant']}[/]: {escape(row['reason'])}", highlight=False)
     if made.record.data.get("note"):
         page.print(made.record.data["note"], highlight=False)
 
