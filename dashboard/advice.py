@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
 import pandas as pd
 
@@ -28,8 +29,9 @@ class Advice:
         return "".join(part for part, _ in self.parts)
 
     @property
-    def markdown(self) -> str:
-        return "".join(f"**{text.markdown(part)}**" if name else text.markdown(part) for part, name in self.parts)
+    def html(self) -> str:
+        """The sentence with its names in bold, everything escaped."""
+        return "".join(f"<strong>{escape(part)}</strong>" if name else escape(part) for part, name in self.parts)
 
 
 def recommend(frame: pd.DataFrame, deadline_ms: float, points: float = 1.0) -> Advice:

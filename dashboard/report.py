@@ -77,7 +77,7 @@ def html(study: Study) -> str:
     sections = [_variant(study, key, row, place, deadline_ms) for key, row in frame.iterrows()]
     body = [
         _header(study, frame, place),
-        f'<section><h2>What to ship</h2><p class="advice">{_advice(advised)}</p>'
+        f'<section><h2>What to ship</h2><p class="advice">{advised.html}</p>'
         + (f'<p class="quiet">{escape(advised.caution)}</p>' if advised.caution else "")
         + "</section>",
         f"<section><h2>All variants</h2>{_table(frame, advised, deadline_ms)}</section>",
@@ -122,15 +122,11 @@ def _header(study: Study, frame: pd.DataFrame, place: frames.Place | None) -> st
     return f"<header><h1>{escape(frames.study_name(study))}</h1>{note}{unfinished}<dl>{items}</dl></header>"
 
 
-def _advice(advised: advice.Advice) -> str:
-    return "".join(f"<strong>{escape(part)}</strong>" if name else escape(part) for part, name in advised.parts)
-
-
 def _table(frame: pd.DataFrame, advised: advice.Advice, deadline_ms: float) -> str:
     columns = (
         ("Variant", "text"), ("Top-1", "number"), ("95% interval", "number"), ("Δ points", "number"),
-        ("Size", "number"), ("Smaller", "number"), ("Median", "number"), ("p99", "number"), ("Frames/s", "number"), ("Frame budget", ""),
-        ("Front", ""), ("Agrees", "number"), ("gzip", "number"),
+        ("Size", "number"), ("Smaller", "number"), ("Median", "number"), ("p99", "number"), ("Frames/s", "number"),
+        ("Frame budget", ""), ("Front", ""), ("Agrees", "number"), ("gzip", "number"),
     )  # fmt: skip
     head = "".join(
         f'<th scope="col" class="{kind}"><button type="button" data-column="{number}">{escape(name)}</button></th>'

@@ -20,7 +20,7 @@ def show(view: View) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         axis = st.segmented_control("Top-1 against", list(_AXES), default="Latency", required=True, key="axis")
         for label, column in (("Models", "model"), ("Recipes", "recipe"), ("Schemes", "scheme")):
-            choices = list(dict.fromkeys(frame[column]))
+            choices = list(dict.fromkeys(view.frame[column]))
             wanted = st.multiselect(label, choices, key=f"only {column}", placeholder="all", width=220)
             frame = frame[frame[column].isin(wanted)] if wanted else frame
         whole = axis == "Latency" and st.checkbox("The whole way to the deadline", key="whole")

@@ -121,7 +121,8 @@ def write_record(study: Path, expected, *, finished=True, **changes) -> None:
         "name": "demo-cifar10",
         "data": {
             "name": "cifar10", "source": "class folders", "fingerprint": "f00d", "note": NOTE,
-            "classes": ["cat", "dög"], "images": {"train": 45_000, "validation": 5_000, "test": 10_000, "calibration": 512},
+            "classes": ["cat", "dög"],
+            "images": {"train": 45_000, "validation": 5_000, "test": 10_000, "calibration": 512},
         },
         "models": {"resnet8": {"source": "resnet8.keras"}}, "recipes": ("baseline", "qat"), "expected": tuple(expected),
         "machine": MACHINE, "tools": {"tensorflow": "2.21.0"}, "created_at": "2026-11-23T06:50:00+00:00",
