@@ -42,7 +42,9 @@ class Prune(Technique):
     end: float = 0.75
     frequency: int = 10
     exclude: tuple[str, ...] = ()
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, learning_rate=5e-4, evaluations=2))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=200, learning_rate=5e-4, evaluations=2, validation_images=2000)
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
@@ -54,10 +56,16 @@ class Prune(Technique):
             raise InputError("Pruning to a sparsity of 0 does nothing", received=self.sparsity, allowed="above 0")
         if self.initial_sparsity > self.sparsity:
             raise InputError(
-                "initial_sparsity is above sparsity", received=f"{self.initial_sparsity} and {self.sparsity}", allowed="at most it"
+                "initial_sparsity is above sparsity",
+                received=f"{self.initial_sparsity} and {self.sparsity}",
+                allowed="at most sparsity",
             )
         if self.end <= self.begin:
-            raise InputError("The ramp ends before it begins", received=f"begin {self.begin}, end {self.end}", allowed="end above begin")
+            raise InputError(
+                "The ramp ends before it begins",
+                received=f"begin {self.begin}, end {self.end}",
+                allowed="end above begin",
+            )
         if not (isinstance(self.frequency, int) and not isinstance(self.frequency, bool) and self.frequency >= 1):
             raise InputError("frequency is not a number of steps", received=repr(self.frequency), allowed="1 and above")
         if self.train.patience:

@@ -34,7 +34,9 @@ class QuantizeAware(Technique):
     adds: ClassVar[frozenset[Property]] = frozenset({Property.FAKE_QUANT})
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.SPARSE, Property.NARROW, Property.LOW_RANK})
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, learning_rate=2e-4, evaluations=2))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=200, learning_rate=2e-4, evaluations=2, validation_images=2000)
+    )
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         from tfopt.graph import count_macs, count_parameters
@@ -42,7 +44,7 @@ class QuantizeAware(Technique):
 
         started = time.monotonic()
         if Property.FAKE_QUANT in optimized.properties:
-            raise ModelRefused("The model has been trained for int8 already", next_step="Leave one qat out of the recipe")
+            raise ModelRefused("The model has been trained for int8 already", next_step="Leave out one qat")
         sparse = Property.SPARSE in optimized.properties | context.keep
         quantized = Path(context.work) / QUANTIZED_FILE
         trained = client.train(

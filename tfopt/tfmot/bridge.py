@@ -76,8 +76,9 @@ _ACTIVATIONS = {
     },
 }
 _UNARY_OPS = {
-    "Relu": "relu", "Relu6": "relu6", "Sigmoid": "sigmoid", "Tanh": "tanh", "Silu": "silu", "HardSigmoid": "hard_sigmoid",
-    "HardSilu": "hard_silu", "Elu": "elu", "Selu": "selu", "Softplus": "softplus", "Softsign": "softsign",
+    "Relu": "relu", "Relu6": "relu6", "Sigmoid": "sigmoid", "Tanh": "tanh", "Silu": "silu",
+    "HardSigmoid": "hard_sigmoid", "HardSilu": "hard_silu",
+    "Elu": "elu", "Selu": "selu", "Softplus": "softplus", "Softsign": "softsign",
 }  # fmt: skip
 _BINARY_OPS = {
     "Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximum": "Maximum", "Minimum": "Minimum",
@@ -213,6 +214,8 @@ def _parts(layer: keras.Layer) -> tuple[list[_Part], dict[str, np.ndarray]]:
         raise _refused(layer, kind)
     if kind in _TRAINING_ONLY or kind.startswith("Random"):
         return [], {}
+    if layer.compute_dtype != "float32":
+        raise _refused(layer, f"{kind} that computes in {layer.compute_dtype}")
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         raise _refused(layer, f"{kind} with Keras's own quantization or LoRA")
     keys = tuple(str(i) for i in range(len(layer.get_weights())))
@@ -225,7 +228,8 @@ def _parts(layer: keras.Layer) -> tuple[list[_Part], dict[str, np.ndarray]]:
         return _affine(layer)
     if kind == "SeparableConv2D":
         shared = {"data_format": config["data_format"]}
-        depthwise = {key: config[key] for key in ("kernel_size", "strides", "padding", "depth_multiplier", "dilation_rate")}
+        own = ("kernel_size", "strides", "padding", "depth_multiplier", "dilation_rate")
+        depthwise = {key: config[key] for key in own}
         first = _Part("DepthwiseConv2D", {**depthwise, **shared, "use_bias": False}, keys[:1], layer.trainable)
         pointwise = {"filters": config["filters"], "kernel_size": 1, "use_bias": config["use_bias"], **shared}
         fused, rest = _fused(layer)
@@ -297,7 +301,7 @@ def _affine(layer) -> tuple[list[_Part], dict[str, np.ndarray]]:
         mean, variance = (np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in (layer.mean, layer.variance))
         deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
         scale, offset = (deviation, mean) if layer.invert else (1 / deviation, -mean / deviation)
-    channels = int(layer.output.shape[-1]) if layer._inbound_nodes else scale.size
+    channels = int(layer.output.shape[-1])
     if len(layer.output.shape) != 4 or any(part.size not in (1, channels) for part in (scale, offset)):
         raise _refused(layer, f"{type(layer).__name__} that is not per channel")
     spread = lambda part: np.broadcast_to(part.reshape(-1), (channels,)).astype(np.float32)
@@ -321,7 +325,7 @@ def _refused(operation, kind: str) -> ModelRefused:
         f"Layer {operation.name} cannot be rebuilt for TFMOT, which pruning and quantization-aware training need",
         received=kind,
         allowed=", ".join([*_PLAIN, *_SPECIAL]),
-        next_step="Use recipes without prune and qat (post-training int8 works), or rebuild the layer from the allowed ones",
+        next_step="Use recipes without prune and qat (post-training int8 works), or make the layer of the allowed ones",
     )
 
 

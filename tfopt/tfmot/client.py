@@ -24,9 +24,8 @@ from tfopt.data.splits import Split
 from tfopt.errors import ModelRefused, RecipeError
 from tfopt.technique import Context, OptimizedModel
 from tfopt.tfmot import bridge, neutral
-from tfopt.training import TrainConfig
+from tfopt.training import LOSSES, TrainConfig
 
-VALIDATION_IMAGES = 2000
 EXPORT_TIMEOUT_S = 3600
 WORKER = "tfopt.tfmot.worker"
 ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -66,6 +65,12 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
             received=", ".join(type(callback).__name__ for callback in context.callbacks),
             next_step="Leave the callbacks out of recipes with prune or qat; progress is reported without them",
         )
+    if callable(config.loss):
+        raise RecipeError(
+            "A loss from Python cannot be used where TFMOT trains: it works in a process of its own",
+            received=getattr(config.loss, "__name__", repr(config.loss)),
+            allowed=", ".join(LOSSES),
+        )
     spec, model = optimized.spec, optimized.model
     graph, before = bridge.describe(model)
     work = Path(context.work)
@@ -73,7 +78,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
         images = _probe(spec)
         outputs = np.asarray(model(images, training=False), np.float32)
         neutral.save(folder / "model.npz", graph, {**before, "probe:images": images, "probe:outputs": outputs})
-        splits = {"train": context.data["train"], "validation": context.data["validation"].balanced(VALIDATION_IMAGES)}
+        validation = context.data["validation"].balanced(config.validation_images or len(context.data["validation"]))
+        splits = {"train": context.data["train"], "validation": validation}
         result = run_job(
             WORKER,
             {
@@ -170,8 +176,8 @@ def _file_of(array: np.ndarray) -> Path | None:
         whole = np.load(array.filename, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    same = (whole.shape, whole.dtype, whole.strides, whole.offset) == (array.shape, array.dtype, array.strides, array.offset)
-    return Path(array.filename).resolve() if same else None
+    place = lambda mapped: (mapped.shape, mapped.dtype, mapped.strides, mapped.offset)
+    return Path(array.filename).resolve() if place(whole) == place(array) else None
 
 
 @contextmanager

@@ -1,15 +1,12 @@
 """Simulated int8 around a rebuilt model, with TFMOT's wrappers and quantizers. Runs in the worker only.
 
 Jacob et al. 2018 (arXiv:1712.05877), section 3: weights and activations are rounded in the forward
-pass as the int8 kernels will round them. Where a rounding belongs is decided on the neutral graph by
-`plan`, not by TFMOT's pattern matcher, which refuses whatever it has no pattern for: a rounding stands
-where TFLite has a tensor, and none stands between operations that TFLite fuses (kernel, batch norm,
-addition, ReLU).
+pass as the int8 kernels will round them. Where a rounding belongs is decided by rounding.py on the
+neutral graph, not by TFMOT's pattern matcher, which refuses whatever it has no pattern for.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -31,69 +28,10 @@ from tfopt.errors import ModelRefused
 from tfopt.tfmot import neutral
 from tfopt.tfmot.neutral import Graph, Node, Weights
 from tfopt.tfmot.rebuild import build, values
+from tfopt.tfmot.rounding import plan
 
-KERNELS = ("Conv2D", "DepthwiseConv2D", "Dense", "Conv2DTranspose")
-#: operations whose int8 output has the scale of their input, or a fixed one, in TFLite
-_TRANSPARENT = (
-    "Flatten", "Reshape", "Permute", "ZeroPadding2D", "Cropping2D", "Dropout", "SpatialDropout2D", "MaxPooling2D",
-    "AveragePooling2D", "GlobalMaxPooling2D", "UpSampling2D", "Softmax",
-)  # fmt: skip
-_FIXED_SCALE = ("softmax", "sigmoid", "tanh", "linear")
+#: how much of a range stays at each training step; TFMOT's 0.999 cannot follow a short fine-tuning
 _RANGE_DECAY = 0.99
-
-
-def plan(graph: Graph) -> dict[str, str]:
-    """Node name -> where its rounding stands: 'kernel', 'fused kernel', 'output' or 'none'.
-
-    'kernel' rounds the weights and the output, 'fused kernel' the weights alone.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    producer = {call.output: call.node for call in graph.calls}
-    consumers: dict[int, list[str]] = defaultdict(list, {graph.output: [""]})
-    for call in graph.calls:
-        for number in call.inputs:
-            consumers[number].append(call.node)
-    followers, sources = defaultdict(list), defaultdict(list)
-    for call in graph.calls:
-        followers[call.node].append(consumers[call.output])
-        sources[call.node] += [producer.get(number, "") for number in call.inputs]
-
-    def leads_to(node: Node, test) -> bool:
-        """Whether every use of the node has one consumer, which passes the test."""
-        return all(len(names) == 1 and names[0] and test(nodes[names[0]]) for names in followers[node.name])
-
-    def folds(node: Node) -> bool:
-        return node.kind == "BatchNormalization"
-
-    rounding: dict[str, str] = {}
-    for node in graph.nodes:
-        before_relu = leads_to(node, _fusable_relu)
-        if node.kind in KERNELS:
-            fuses = node.config.get("activation", "linear") == "linear" and (before_relu or leads_to(node, folds))
-            rounding[node.name] = "fused kernel" if fuses else "kernel"
-        elif node.kind in _TRANSPARENT or (node.kind == "Activation" and node.config["activation"] in _FIXED_SCALE):
-            rounding[node.name] = "none"
-        elif node.kind == "Add" or (folds(node) and all(rounding.get(name) == "fused kernel" for name in sources[node.name])):
-            rounding[node.name] = "none" if before_relu else "output"
-        else:
-            rounding[node.name] = "output"
-    for node in graph.nodes:
-        if node.kind == "Concatenate":  # its inputs must share one scale, so only its output is rounded
-            for name in sources[node.name]:
-                if name and rounding[name] == "output" and nodes[name].kind != "Concatenate" and leads_to(nodes[name], bool):
-                    rounding[name] = "none"
-    return rounding
-
-
-def unfolded(graph: Graph) -> list[str]:
-    """Batch norms that no kernel absorbs: the converter leaves part of their arithmetic in float."""
-    rounding = plan(graph)
-    producer = {call.output: call.node for call in graph.calls}
-    sources = defaultdict(set)
-    for call in graph.calls:
-        sources[call.node] |= {producer.get(number, "") for number in call.inputs}
-    norms = [node for node in graph.nodes if node.kind == "BatchNormalization"]
-    return [n.source for n in norms if any(rounding.get(name) != "fused kernel" for name in sources[n.name])]
 
 
 class FakeQuantized:
@@ -139,7 +77,8 @@ class FakeQuantized:
                 activation.quantizer = _TrackingQuantizer(decay)
             if wrapper._output_quantizers:
                 wrapper._output_quantizers = [_TrackingQuantizer(decay)]
-        norms = [layer for layer in self.model._flatten_layers() if isinstance(layer, tf_keras.layers.BatchNormalization)]
+        layers = self.model._flatten_layers()
+        norms = [layer for layer in layers if isinstance(layer, tf_keras.layers.BatchNormalization)]
         trainable = [norm.trainable for norm in norms]
         for norm in norms:
             norm.trainable = False  # its statistics are not what is being measured
@@ -215,9 +154,3 @@ class _TrackingQuantizer(quantizers.MovingAverageQuantizer):
             weights["min_var"].assign(self._decay * weights["min_var"] + (1 - self._decay) * low)
             weights["max_var"].assign(self._decay * weights["max_var"] + (1 - self._decay) * high)
         return tf.quantization.fake_quant_with_min_max_vars(inputs, weights["min_var"], weights["max_var"], num_bits=8)
-
-
-def _fusable_relu(node: Node) -> bool:
-    settings = node.config
-    plain = not settings.get("negative_slope") and not settings.get("threshold")
-    return node.kind == "ReLU" and plain and settings.get("max_value") in (None, 6.0)

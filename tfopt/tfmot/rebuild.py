@@ -56,7 +56,8 @@ class HardSilu(tf_keras.layers.Layer):
 _OWN = {"Scalar": Scalar, "HardSilu": HardSilu}
 
 
-@tf.autograph.experimental.do_not_convert  # nothing here needs it, and TFMOT's wrappers take five times as long with it
+# Nothing here needs AutoGraph, and with it TFMOT's wrappers take five times as long to build.
+@tf.autograph.experimental.do_not_convert
 def build(
     graph: Graph, weights: Weights, wrap: Wrap | None = None, entry: Callable | None = None
 ) -> tuple[tf_keras.Model, dict[str, tf.Variable]]:
@@ -90,7 +91,8 @@ def _layer(node: Node, shape, weights: Weights) -> tf_keras.layers.Layer:
     try:
         layer.set_weights([weights[key] for key in node.weights])
     except ValueError as error:
-        raise ModelRefused(f"The weights of layer {node.source} do not fit", received=str(error).splitlines()[0]) from error
+        line = str(error).splitlines()[0]
+        raise ModelRefused(f"The weights of layer {node.source} do not fit", received=line) from error
     return layer
 
 

@@ -43,7 +43,7 @@ def load_saved_model(path: Path, *, trust: bool) -> keras.Model:
         run_job(WORKER, job, Path(folder), environment=ENVIRONMENT, timeout_s=TIMEOUT_S)
         try:
             return keras.saving.load_model(h5, compile=False, safe_mode=False)
-        except Exception as error:  # noqa: BLE001 - whatever Keras raises here is about this model
+        except Exception as error:
             line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ModelError(
                 "Keras 3 cannot load what Keras 2 saved", received=f"{path} ({line.strip()[:300]})", next_step=_RESAVE

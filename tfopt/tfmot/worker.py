@@ -52,7 +52,8 @@ def prune(job: dict, emit) -> dict:
 
 
 def quantize(job: dict, emit) -> dict:
-    from tfopt.tfmot.fakequant import FakeQuantized, unfolded
+    from tfopt.tfmot.fakequant import FakeQuantized
+    from tfopt.tfmot.rounding import unfolded
 
     graph, weights = _model(job)
     config = TrainConfig.from_dict(job["train"])
@@ -91,7 +92,7 @@ def savedmodel(job: dict, emit) -> dict:
     path = job["path"]
     try:
         model = tf_keras.models.load_model(path, compile=False)
-    except Exception as error:  # noqa: BLE001 - a damaged folder fails in many ways
+    except Exception as error:
         raise ModelError(
             "The SavedModel cannot be loaded",
             received=f"{path} ({_first_line(error)})",
@@ -108,7 +109,7 @@ def savedmodel(job: dict, emit) -> dict:
             model.save(temporary, save_format="h5", include_optimizer=False)
     except Problem:
         raise
-    except Exception as error:  # noqa: BLE001 - a layer that cannot be described fails in its own way
+    except Exception as error:
         raise ModelError(
             "The SavedModel has layers that cannot be saved as .h5",
             received=f"{path} ({_first_line(error)})",
