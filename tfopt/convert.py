@@ -140,17 +140,20 @@ def _child(job: dict, emit) -> dict:
     spec = InputSpec.from_dict(job["spec"])
     # The parent has already refused foreign code, or the user has said that it is trusted.
     if job["trust"]:
-        keras.config.enable_unsafe_deserialization()  # for the clone below as much as for the file
+        keras.config.enable_unsafe_deserialization()
     model = keras.saving.load_model(job["model"], compile=False)
     images = np.load(job["calibration"], allow_pickle=False) if job["calibration"] else None
     # A batch of one, fixed: delegates refuse dynamic shapes.
-    one = keras.models.clone_model(model, input_tensors=keras.Input(batch_shape=(1, *spec.shape), name="image"))
-    one.set_weights(model.get_weights())
+    image = tf.TensorSpec((1, *spec.shape), tf.float32, name="image")
+    graph = tf.function(lambda image: model(image, training=False)).get_concrete_function(image)
+    # Given the Keras model itself, the converter would first save it whole, every layer traced anew.
+    owner = tf.Module()
+    owner.kept = [weight.value for weight in model.weights]
     results = {}
     for scheme in job["schemes"]:
         emit("progress", scheme=scheme)
         try:
-            content = _convert_one(tf, one, scheme, images, spec)
+            content = _convert_one(tf, graph, owner, scheme, images, spec)
             write_bytes(Path(job["out"]) / f"{scheme}.tflite", embed_spec(content, spec))
             results[scheme] = ""
         except Problem as problem:
@@ -161,8 +164,8 @@ def _child(job: dict, emit) -> dict:
     return {"schemes": results}
 
 
-def _convert_one(tf, model, scheme: str, images: np.ndarray | None, spec: InputSpec) -> bytes:
-    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+def _convert_one(tf, graph, owner, scheme: str, images: np.ndarray | None, spec: InputSpec) -> bytes:
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([graph], owner)
     if scheme != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if scheme == "float16":

@@ -1,9 +1,11 @@
-"""What a training minimises and how it steps: optimizer, loss and metric, for keras and tf_keras alike."""
+"""What a training minimises and how it steps: optimizer, loss, metric and callbacks, for keras and tf_keras alike."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from tfopt.errors import InputError
 
 if TYPE_CHECKING:
     from tfopt.training import TrainConfig
@@ -54,6 +56,8 @@ def loss(keras: ModuleType, config: TrainConfig, head: str, outputs: int):
             return tf.cast(labels, scores.dtype)[:, None]
         return tf.one_hot(labels, outputs, dtype=scores.dtype)
 
+    if callable(config.loss):
+        return config.loss
     if config.loss == "mse":
         function = losses.MeanSquaredError()
     elif config.loss == "focal":
@@ -64,3 +68,17 @@ def loss(keras: ModuleType, config: TrainConfig, head: str, outputs: int):
         function = kind(from_logits=from_logits, label_smoothing=config.label_smoothing)
 
     return lambda labels, scores: function(prepare(labels, scores), scores)
+
+
+def callbacks(keras: ModuleType, config: TrainConfig) -> list:
+    """The callbacks that a recipe names, of the module the model belongs to."""
+    made = []
+    for entry in config.callbacks:
+        ((name, settings),) = entry.items()
+        try:
+            made.append(getattr(keras.callbacks, name)(**settings))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The callback {name} does not take its settings", received=f"{settings} ({error})"
+            ) from error
+    return made

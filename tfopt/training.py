@@ -28,6 +28,8 @@ from tfopt.errors import InputError, Problem, TrainingError, unknown_name
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "constant", "exponential")
 LOSSES = ("crossentropy", "focal", "mse")
+#: Keras's callbacks that a recipe may name; the others need code, or send data away.
+CALLBACKS = ("CSVLogger", "EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau", "TensorBoard", "TerminateOnNaN")
 
 #: (images, labels, outputs, loss so far) -> loss; called inside the graph, once per batch.
 LossHook = Callable[[Any, Any, Any, Any], Any]
@@ -45,7 +47,10 @@ class TrainConfig:
     training after that many evaluations on validation without progress and returns to the best
     weights; 0 trains to the end. Validation runs once an epoch, or `evaluations` times in all, on
     `validation_images` of the split, as many of each class as there are (None: on all of them).
-    `loss` 'crossentropy' follows the head: categorical for softmax and logits, binary for sigmoid.
+    `loss` 'crossentropy' follows the head: categorical for softmax and logits, binary for sigmoid; from
+    Python also a function of (labels as class indices, outputs), except where TFMOT trains.
+    `callbacks` names some of Keras's own with their settings: [{CSVLogger: {filename: log.csv}}]; an
+    epoch to them is what lies between two evaluations, and 'val_accuracy' is there to monitor.
     """
 
     epochs: float | None = None
@@ -57,13 +62,14 @@ class TrainConfig:
     optimizer: str = "adam"
     momentum: float = 0.9
     weight_decay: float = 0.0
-    loss: str = "crossentropy"
+    loss: str | Callable = "crossentropy"
     label_smoothing: float = 0.0
     augmentation: str = "none"
     patience: int = 0
     evaluations: int | None = None
     validation_images: int | None = None
     clip_norm: float | None = None
+    callbacks: tuple[dict, ...] = ()
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -72,8 +78,9 @@ class TrainConfig:
             ("loss", self.loss, LOSSES),
             ("augmentation", self.augmentation, AUGMENTATIONS),
         ):
-            if value not in allowed:
+            if value not in allowed and not (name == "loss" and callable(value)):
                 raise unknown_name(name, str(value), allowed)
+        object.__setattr__(self, "callbacks", tuple(_callback_entry(entry) for entry in self.callbacks))
         if self.epochs is not None and self.steps is not None:
             raise InputError("Training has both epochs and steps", received=self, allowed="one of them")
         limits = [
@@ -100,6 +107,8 @@ class TrainConfig:
             if value is not None and value != int(value):
                 raise InputError(f"{name} is not a whole number", received=repr(value))
             object.__setattr__(self, name, None if value is None else int(value))
+        # Keras takes no whole number for a learning rate, and YAML writes 1.0 as 1.
+        object.__setattr__(self, "learning_rate", float(self.learning_rate))
 
     def steps_for(self, images: int) -> int:
         """How many batches this training takes on a split of that many images."""
@@ -115,7 +124,7 @@ class TrainConfig:
         for name, value in values.items():
             if name not in fields:
                 raise unknown_name("training setting", str(name), fields)
-            if isinstance(value, str) and "str" not in fields[name].type:
+            if isinstance(value, str) and "str" not in fields[name].type and name != "callbacks":
                 try:
                     values[name] = float(value)
                 except ValueError:
@@ -187,7 +196,8 @@ def fit(
     best, best_weights, misses, history = -1.0, None, 0, []
     started = time.monotonic()
     with _hooked(model, loss_hook), _reading(failures), _brisk_norms(model, steps, keras):
-        runner = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=evaluations, steps=steps)
+        own = [*objectives.callbacks(keras, config), *callbacks]
+        runner = keras.callbacks.CallbackList(own, model=model, epochs=evaluations, steps=steps)
         model.make_train_function()
         train_step = model.train_function
         runner.on_train_begin()
@@ -373,6 +383,17 @@ class _hooked:
         if self.hook is not None:
             object.__delattr__(self.model, "compute_loss")
             self.model.train_function = None
+
+
+def _callback_entry(entry) -> dict:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not (isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry.values())) or {}, dict)):
+        raise InputError("A callback is not NAME: {setting: value}", received=repr(entry), allowed=", ".join(CALLBACKS))
+    ((name, settings),) = entry.items()
+    if name not in CALLBACKS:
+        raise unknown_name("callback for recipes", str(name), CALLBACKS)
+    return {name: dict(settings or {})}
 
 
 def _is_number(value) -> bool:

@@ -179,4 +179,4 @@ def test_threads_are_another_target(made, trained_file, digits):
     again = tfopt.run_study([trained_file], digits, ["baseline"], out=result.folder, targets=[Target(threads=2)])
     measured = {m.target.threads for e in again.entries if e.variant.recipe == "baseline" for m in e.measurements}
     assert measured == {1, 2}
-    assert np.all([e.measurements for e in again.entries])
+    assert all(e.measurements for e in again.entries)
