@@ -92,3 +92,18 @@ def test_nothing_to_gain_is_a_refusal_not_a_copy(digits, spec, trained, tmp_path
 def test_bad_settings(values):
     with pytest.raises(InputError, match="out of range"):
         Factorize(**values)
+
+
+def test_recipe_callbacks_and_a_python_loss_take_part(digits, spec, trained, tmp_path):
+    log = tmp_path / "log.csv"
+    seen = []
+
+    def loss(labels, outputs):
+        seen.append(outputs.shape)
+        return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs))
+
+    train = TrainConfig(steps=4, evaluations=2, loss=loss, callbacks=[{"CSVLogger": {"filename": str(log)}}])
+    technique = Factorize(rank_ratio=0.3, train=train)
+    technique.apply(OptimizedModel(trained.model, spec), Context(digits, tmp_path, teacher=trained.model))
+    assert seen and seen[0][-1] == 10
+    assert len(log.read_text().splitlines()) == 3 and "val_accuracy" in log.read_text()

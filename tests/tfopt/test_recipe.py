@@ -101,3 +101,13 @@ def test_every_technique_adds_something_and_validates_nothing_away():
         assert cls.name == name
         assert cls.adds <= set(Property)
         assert cls.adds, f"{name} adds nothing"
+
+
+def test_a_recipe_names_keras_callbacks(tmp_path):
+    made = load_text(
+        tmp_path,
+        "name: a\nsteps: [{factorize: {train: {callbacks: [TerminateOnNaN, {CSVLogger: {filename: x.csv}}]}}}]\n",
+    )
+    assert made.steps[0].train.callbacks == ({"TerminateOnNaN": {}}, {"CSVLogger": {"filename": "x.csv"}})
+    with pytest.raises(Problem, match="There is no callback for recipes of that name"):
+        load_text(tmp_path, "name: a\nsteps: [{prune: {train: {callbacks: [{RemoteMonitor: {}}]}}}]\n")
