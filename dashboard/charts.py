@@ -69,8 +69,9 @@ def trade_off(
     x_axis = alt.X("x:Q", title=title, scale=x_scale, axis=_log_axis(shown["x_low"].min() / 1.15, right * 1.15))
     low, high = shown["top1_low"].min(), shown["top1_high"].max()
     room = max(0.2, 0.06 * (high - low))
-    y_scale = alt.Scale(domain=[max(0, low - room), min(100, high + 2 * room)], nice=False)
-    y_axis = alt.Y("top1:Q", title="Top-1 accuracy (%, 95% interval)", scale=y_scale)
+    y_scale = alt.Scale(domain=[max(0, low - room), high + 3.5 * room], nice=False)
+    possible = alt.Axis(labelExpr="datum.value <= 100 ? datum.label : ''", tickCount=8)
+    y_axis = alt.Y("top1:Q", title="Top-1 accuracy (%, 95% interval)", scale=y_scale, axis=possible)
 
     columns = [
         "x", "x_low", "x_high", "top1", "top1_low", "top1_high", "name", "model", "recipe", "size_kb", "front",
@@ -79,13 +80,13 @@ def trade_off(
     base = alt.Chart(shown[columns].reset_index(drop=True))
     recipes, models = list(dict.fromkeys(shown["recipe"])), list(dict.fromkeys(shown["model"]))
     color = alt.Color(
-        "recipe:N", title="Recipe", scale=alt.Scale(domain=recipes, range=_repeat(PALETTE, len(recipes))),
-        legend=alt.Legend(orient="bottom", columns=6, symbolType="circle"),
+        "recipe:N", title=None, scale=alt.Scale(domain=recipes, range=_repeat(PALETTE, len(recipes))),
+        legend=alt.Legend(orient="bottom", columns=3, symbolType="circle", symbolOpacity=1, symbolStrokeWidth=0),
     )  # fmt: skip
     shape = alt.Shape(
-        "model:N", title="Model", scale=alt.Scale(domain=models, range=_repeat(SHAPES, len(models))),
+        "model:N", title=None, scale=alt.Scale(domain=models, range=_repeat(SHAPES, len(models))),
         legend=None if len(models) < 2
-        else alt.Legend(orient="bottom", symbolFillColor=NEUTRAL, symbolStrokeColor=NEUTRAL),
+        else alt.Legend(orient="top", symbolFillColor="transparent", symbolStrokeColor=NEUTRAL, symbolOpacity=1),
     )  # fmt: skip
     bars = base.mark_rule(opacity=0.45).encode(x=x_axis, y=alt.Y("top1_low:Q"), y2="top1_high:Q", color=color)
     layers = [_front_line(shown, x_axis, y_scale), bars]

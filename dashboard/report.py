@@ -31,7 +31,8 @@ _CHART_CONFIG = {
         "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12,
     },
     "legend": {
-        "labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal", "labelLimit": 220,
+        "labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal",
+        "labelLimit": 220, "labelFontSize": 12,
     },
 }  # fmt: skip
 

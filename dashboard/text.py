@@ -83,7 +83,7 @@ def setting(value: object) -> str:
     if value is None:
         return NONE
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(setting(v) for v in value) or NONE
     if isinstance(value, dict):

@@ -94,7 +94,7 @@ def _table(view: View, shown: pd.DataFrame) -> None:
     grey = ~shown["meets"].fillna(False).astype(bool)
     styled = table.style.apply(lambda _: ["color: #8A9099" if dim else "" for dim in grey], axis=0)
     picked = st.dataframe(
-        styled, hide_index=True, height=min(36 * (len(table) + 1) + 4, 760), on_select="rerun",
+        styled, hide_index=True, height=min(35 * (len(table) + 1) + 3, 900), on_select="rerun",
         selection_mode="single-row", key="table", placeholder="", column_config=_columns(table),
     )  # fmt: skip
     rows = picked.selection.rows
@@ -116,7 +116,6 @@ def table_frame(shown: pd.DataFrame, deadline_ms: float) -> pd.DataFrame:
         {
             "variant": shown["variant"],
             "model": shown["model"],
-            "verdict": verdict,
             "top1": shown["top1"] * 100,
             "interval": [
                 text.interval(low, high) if low == low else ""
@@ -126,6 +125,7 @@ def table_frame(shown: pd.DataFrame, deadline_ms: float) -> pd.DataFrame:
             "size": shown["size_bytes"] / 1e3,
             "times_smaller": shown["times_smaller"].mask(shown["is_baseline"]),
             "median": shown["median_ms"],
+            "verdict": verdict,
             "budget": shown["p90_ms"] / deadline_ms * 100,
             "p99": shown["p99_ms"],
             "fps": shown["fps"],

@@ -190,7 +190,7 @@ def browser():
     """Debian's Chromium, driven by Playwright. In CI a missing browser is a failure."""
     place = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if place is None:
-        if os.environ.get("CI") == "true":
+        if os.environ.get("CI"):
             pytest.fail("Chromium is not installed, and CI must look at the pages: apt-get install chromium")
         pytest.skip("Chromium is not installed: apt-get install chromium")
     from playwright.sync_api import sync_playwright
