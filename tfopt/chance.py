@@ -29,7 +29,7 @@ def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
     Judged is the mean of the classes' accuracies, which is 1/classes for any model that guesses or
     names one class only, however uneven the classes are. It is near chance when it lies at most a
     twentieth of the way from there to 1 and the 99% interval (Wilson 1927) does not reach half of the
-    way; a handful of images never stops anything. The error names the scaling that does best on a few
+    way, so that four images or fewer never stop anything. The error names the scaling that does best on a few
     hundred of the images, and the flag to pass. A scaling that was only assumed is also refused when
     another one is right on a tenth of those images more.
     """

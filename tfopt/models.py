@@ -36,6 +36,8 @@ __all__ = [
     "with_labels",
 ]  # fmt: skip
 
+#: height and width of the applications that take any; they were trained on it.
+APPLICATION_SIZE = 224
 #: a server that says nothing for so long is given up.
 SILENCE_SECONDS = 20
 
@@ -172,13 +174,16 @@ def _application(text: str) -> tuple[keras.Model, str]:
         raise ModelError("Unknown weights", received=weights, allowed=f"keras:{name} or keras:{name}:random")
     try:
         with _impatient():
-            return getattr(keras.applications, name)(weights=None if weights else "imagenet"), name.lower()
+            model = getattr(keras.applications, name)(weights=None if weights else "imagenet")
     except Exception as error:
         raise ModelError(
             f"The ImageNet weights of {name} could not be downloaded",
             received=first_line(error),
             next_step=f"Connect to the internet once, or take random weights: keras:{name}:random",
         ) from error
+    if None in model.input_shape[1:]:
+        model = _with_input_shape(model, (APPLICATION_SIZE, APPLICATION_SIZE, 3))
+    return model, name.lower()
 
 
 @contextmanager
