@@ -47,9 +47,28 @@ def read(path: Path, trust: bool) -> tuple[keras.Model, InputSpec | None]:
     for entry in foreign:
         _register(entry)
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=not trust), spec
+        objects = None if path.suffix == ".keras" else KERAS_2_LAYERS
+        return keras.saving.load_model(path, custom_objects=objects, compile=False, safe_mode=not trust), spec
     except Exception as error:
         raise ModelError("Keras cannot load the model", received=f"{path} ({first_line(error)})") from error
+
+
+def _without_groups(kind: type[keras.Layer]) -> type[keras.Layer]:
+    """Keras 2 writes 'groups' into layers that have none in Keras 3, which then refuses the file."""
+
+    class Shim(kind):
+        @classmethod
+        def from_config(cls, config, **_):
+            return kind.from_config({key: value for key, value in config.items() if key != "groups"})
+
+    return Shim
+
+
+#: custom_objects for .h5 files that Keras 2 wrote; what they make are Keras 3's own layers.
+KERAS_2_LAYERS = {
+    kind.__name__: _without_groups(kind)
+    for kind in (keras.layers.DepthwiseConv2D, keras.layers.Conv2DTranspose, keras.layers.SeparableConv2D)
+}
 
 
 def first_line(error: Exception) -> str:

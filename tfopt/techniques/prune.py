@@ -68,11 +68,11 @@ class Prune(Technique):
             )
         if not (isinstance(self.frequency, int) and not isinstance(self.frequency, bool) and self.frequency >= 1):
             raise InputError("frequency is not a number of steps", received=repr(self.frequency), allowed="1 and above")
-        if self.train.patience:
+        if self.train.patience or any("EarlyStopping" in entry for entry in self.train.callbacks):
             raise InputError(
-                "patience cannot be used in pruning: the best weights could be from before the ramp's end",
-                received=f"patience {self.train.patience}",
-                allowed="0",
+                "Pruning cannot end early: the best weights could be from before the end of the ramp",
+                received=f"patience {self.train.patience}, callbacks {list(self.train.callbacks)}",
+                allowed="patience 0 and no EarlyStopping",
             )
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:

@@ -25,6 +25,7 @@ import keras
 import numpy as np
 
 from tfopt.errors import ModelRefused
+from tfopt.graph import uncompiled
 from tfopt.tfmot.neutral import Call, Graph, Node, Weights
 
 #: class -> the settings that mean the same in tf_keras
@@ -118,7 +119,8 @@ def describe(model: keras.Model) -> tuple[Graph, Weights]:
 
 def with_weights(model: keras.Model, weights: Weights) -> keras.Model:
     """A clone of the model that carries `weights` (as `describe` names them) where they are given."""
-    clone = keras.models.clone_model(model)
+    with uncompiled(model):
+        clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     for name, layer in named_layers(clone):
         old = layer.get_weights()

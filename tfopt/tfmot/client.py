@@ -30,7 +30,7 @@ EXPORT_TIMEOUT_S = 3600
 WORKER = "tfopt.tfmot.worker"
 ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 _PROBE_IMAGES = 4
-_TOLERANCE = 1e-5
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,20 @@ class Trained:
 def train(operation: str, optimized: OptimizedModel, context: Context, config: TrainConfig, **job) -> Trained:
     """Run 'prune' or 'quantize' on a model in the worker. job: the operation's own fields.
 
-    Raises ModelRefused where the model cannot cross or comes back different, RecipeError for Python
-    callbacks, and whatever Problem the worker raised; JobFailed names its log.
+    Raises ModelRefused where the model cannot cross or comes back different, RecipeError for callbacks
+    and losses that are Python, and whatever Problem the worker raised; JobFailed names its log.
     """
     if context.callbacks:
         raise RecipeError(
             "Callbacks from Python cannot be used where TFMOT trains: it works in a process of its own",
             received=", ".join(type(callback).__name__ for callback in context.callbacks),
             next_step="Leave the callbacks out of recipes with prune or qat; progress is reported without them",
+        )
+    if callable(config.loss):
+        raise RecipeError(
+            "A loss from Python cannot be used where TFMOT trains: it works in a process of its own",
+            received=getattr(config.loss, "__name__", repr(config.loss)),
+            allowed=", ".join(LOSSES),
         )
     if callable(config.loss):
         raise RecipeError(
@@ -198,11 +204,11 @@ def _probe(spec: InputSpec) -> np.ndarray:
 
 def _check(model: keras.Model, images: np.ndarray, expected: np.ndarray) -> None:
     difference = float(np.max(np.abs(np.asarray(model(images, training=False)) - expected)))
-    if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+    if not difference <= TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
         raise ModelRefused(
             "The model does not answer the same once the trained weights are back in it",
             received=f"{model.name}, difference {difference:.2g}",
-            allowed=f"{_TOLERANCE:g}",
+            allowed=f"{TOLERANCE:g}",
             next_step="Use recipes without prune and qat, and report the model's architecture",
         )
 

@@ -5,7 +5,7 @@
 | prune      | model.npz, splits                       | weights.npz                                     |
 | quantize   | model.npz, splits                       | weights.npz, the fake-quantized model           |
 | export     | a fake-quantized model, perhaps a split | an int8 .tflite, the model's outputs, or both   |
-| savedmodel | a SavedModel folder                     | an .h5 file                                     |
+| savedmodel | a SavedModel folder                     | an .h5 file, and what the model answers         |
 
 The client writes the job and says where everything lies; see client.py for the fields.
 """
@@ -115,6 +115,10 @@ def savedmodel(job: dict, emit) -> dict:
             received=f"{path} ({_first_line(error)})",
             next_step="Load it in the program that made it and save it with model.save('NAME.keras')",
         ) from error
+    if len(model.inputs) == len(model.outputs) == 1 and model.inputs[0].shape.rank == 4:
+        shape = [size or 64 for size in model.inputs[0].shape[1:]]
+        images = np.random.default_rng(0).uniform(-1, 1, (2, *shape)).astype(np.float32)
+        neutral.save_arrays(Path(job["probe"]), {"images": images, "outputs": model(images, training=False).numpy()})
     return {}
 
 
