@@ -14,9 +14,10 @@ import dataclasses
 import json
 import re
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,11 +189,12 @@ def _application(text: str) -> tuple[keras.Model, str]:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Keras downloads without a time limit: a network that swallows everything would hang for ever."""
+    """Keras downloads without a time limit, so a silent network would hang for ever, and reports on stdout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_SECONDS)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         socket.setdefaulttimeout(before)
 
