@@ -50,12 +50,6 @@ def test_a_student_of_full_width_starts_as_its_teacher(digits, spec, trained):
     np.testing.assert_allclose(student(image), trained.model(image), atol=1e-6)
 
 
-def test_names_tell_architecture_and_width():
-    for name, width in (("resnet20", 1.0), ("mobilenet", 0.25), ("mobilenet_v2", 0.5), ("mobilenet_v3_small", 1.0)):
-        model = builders.build(name, (32, 32, 3), 5, width)
-        assert distill.architecture_of(model.name) == (name, width)
-
-
 def test_a_foreign_architecture_needs_a_named_student(digits, spec, tmp_path):
     inputs = keras.Input(spec.shape)
     model = keras.Model(

@@ -6,7 +6,6 @@ Hinton et al. 2015 (arXiv:1503.02531): loss = alpha · T² · KL(teacher at T ||
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -95,18 +94,19 @@ class Distill(Technique):
         )
 
     def _student(self, teacher, spec: InputSpec):
-        from tfopt.builders import BUILDERS, build
+        from tfopt.builders import BUILDERS, build, parse
 
         name, width = self.student, self.width
         if name == "narrow":
-            name, teacher_width = architecture_of(teacher.name)
-            if name not in BUILDERS:
+            known = parse(teacher.name)
+            if known is None:
                 raise ModelRefused(
                     "The model is not of one of our architectures, so there is no narrower version of it",
                     received=teacher.name,
                     allowed=", ".join(BUILDERS),
                     next_step="Name the student in the recipe, such as student: mobilenet",
                 )
+            name, teacher_width = known
             width *= teacher_width
         classes = int(teacher.output_shape[-1])
         if classes < 2 or spec.head == "sigmoid":
@@ -135,12 +135,6 @@ def distillation_hook(teacher, spec: InputSpec, temperature: float, alpha: float
         return alpha * temperature**2 * tf.reduce_mean(divergence) + (1 - alpha) * loss
 
     return hook
-
-
-def architecture_of(model_name: str) -> tuple[str, float]:
-    """'mobilenet_0p25' -> ('mobilenet', 0.25): how builders name their models."""
-    match = re.fullmatch(r"(.+?)(?:_(\d+(?:p\d+)?))?", model_name)
-    return match[1], float((match[2] or "1").replace("p", "."))
 
 
 def _select_weights(teacher, student) -> list[str]:
