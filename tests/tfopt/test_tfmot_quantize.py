@@ -95,6 +95,16 @@ def test_the_file_answers_as_the_fake_quantized_model(exported, digits, spec):
     assert np.mean(found.argmax(1) == test.labels) > 0.8
 
 
+def test_no_pixel_lies_between_two_int8_values(exported, spec):
+    """±1 over 256 levels puts every pixel half-way, and then each runtime rounds it its own way."""
+    assert spec.scaling == "signed"
+    interpreter = Interpreter(str(exported[0]))
+    scale, zero = interpreter.get_input_details()[0]["quantization"]
+    levels = spec.normalize(np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)).ravel() / scale + zero
+    assert np.min(np.abs(levels - np.floor(levels) - 0.5)) > 5e-4
+    assert len(set(np.clip(np.round(levels), -128, 127))) >= 255
+
+
 def test_the_file_says_how_to_feed_it(exported, spec):
     assert embedded_spec(exported[0].read_bytes()) == spec
 

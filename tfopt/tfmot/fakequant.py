@@ -67,10 +67,11 @@ class FakeQuantized:
         TFMOT starts each range at -6…6 and lets it drift by a thousandth a step, which a fine-tuning
         of a few hundred steps never recovers from. batches: float32 (batch, height, width, channels).
         """
-        lowest, highest = spec.normalize(np.stack([np.full(spec.shape, v, np.uint8) for v in (0, 255)]))
-        variables = self._image.quantizer_vars
-        variables["min_var"].assign(min(0.0, float(lowest.min())))
-        variables["max_var"].assign(max(0.0, float(highest.max())))
+        low, high = _image_range(spec)
+        self._image.quantizer_vars["min_var"].assign(low)
+        self._image.quantizer_vars["max_var"].assign(high)
+        # The range is known, and a quantizer that widened it to the last pixel would undo what _image_range does.
+        self._image.quantizer = _TrackingQuantizer(tf.constant(1.0))
         decay = tf.Variable(0.0, trainable=False)
         for wrapper in self.wrappers:
             for activation in wrapper._quantize_activations:
@@ -154,3 +155,17 @@ class _TrackingQuantizer(quantizers.MovingAverageQuantizer):
             weights["min_var"].assign(self._decay * weights["min_var"] + (1 - self._decay) * low)
             weights["max_var"].assign(self._decay * weights["max_var"] + (1 - self._decay) * high)
         return tf.quantization.fake_quant_with_min_max_vars(inputs, weights["min_var"], weights["max_var"], num_bits=8)
+
+
+def _image_range(spec: InputSpec) -> tuple[float, float]:
+    """The range that all pixels of 0..255 fill, with 0 in it, as int8 needs.
+
+    Where pixels would fall half-way between two int8 values (127.5 ± 127.5 does it to all of them), every
+    runtime would round them its own way; then the range is narrowed by a five-hundredth of itself.
+    """
+    grey = np.arange(256, dtype=np.uint8)[:, None, None, None]
+    levels = spec.normalize(np.broadcast_to(grey, (256, 1, 1, spec.channels))).astype(np.float64)
+    low, high = min(0.0, float(levels.min())), max(0.0, float(levels.max()))
+    steps = np.abs(levels) / ((high - low) / 255)
+    tie = np.any(np.abs(steps - np.floor(steps) - 0.5) < 1e-3)
+    return (low / 1.002, high / 1.002) if tie else (low, high)
