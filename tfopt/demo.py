@@ -20,10 +20,10 @@ RECIPES = ("baseline", "prune", "qat", "lowrank", "distill", "distill_prune_qat"
 
 #: short enough that the whole study ends in minutes on two cores; the recipes' own settings are longer.
 TRAINING = {
-    "prune": {"steps": 150},
-    "qat": {"steps": 100},
-    "factorize": {"steps": 200, "learning_rate": 2e-3},
-    "distill": {"steps": 400, "batch_size": 128},
+    "prune": {"steps": 120},
+    "qat": {"steps": 80},
+    "factorize": {"steps": 160, "learning_rate": 2e-3},
+    "distill": {"steps": 320, "batch_size": 128},
     "*": {"evaluations": 1, "validation_images": 2000},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -26,7 +28,8 @@ class StudyProgress:
             transient=True,
         )
         self._variants = self.bars.add_task("variants", total=None, facts="")
-        self._task, self._label = None, ""
+        self._lanes: dict[str, tuple] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> StudyProgress:
         self.bars.start()
@@ -36,6 +39,10 @@ class StudyProgress:
         self.bars.stop()
 
     def on_event(self, event: Event) -> None:
+        with self._lock:
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if event.kind == "plan":
             self.bars.update(self._variants, total=event.total)
         elif event.kind == "variant":
@@ -45,20 +52,21 @@ class StudyProgress:
         elif event.kind == "note":
             self._say("[dim]  ", " ".join(filter(None, (event.model, event.name, event.text))))
         else:
-            doing = _DOING.get(event.kind)
-            label = " ".join(filter(None, (event.model, event.name, doing)))
-            if label != self._label and (event.kind != "measure" or self._task is None):
-                if self._task is not None:
-                    self.bars.remove_task(self._task)
-                self._task = self.bars.add_task(label, total=event.total or None, facts="")
-            self._label = label
-            self.bars.update(
-                self._task,
-                description=label,
-                completed=event.done,
-                total=event.total or None,
-                facts=_facts(event.facts),
-            )
+            self._bar(event)
+
+    def _bar(self, event: Event) -> None:
+        """One bar for what is trained and one for what is exported meanwhile."""
+        lane = "train" if event.kind == "step" else "export"
+        label = " ".join(filter(None, (event.model, event.name, _DOING.get(event.kind))))
+        task, shown = self._lanes.get(lane, (None, ""))
+        if label != shown and (event.kind != "measure" or task is None):
+            if task is not None:
+                self.bars.remove_task(task)
+            task = self.bars.add_task(label, total=event.total or None, facts="")
+        self._lanes[lane] = task, label
+        self.bars.update(
+            task, description=label, completed=event.done, total=event.total or None, facts=_facts(event.facts)
+        )
 
     def _say(self, markup: str, text: str) -> None:
         from rich.markup import escape

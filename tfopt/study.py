@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,18 +242,31 @@ class _Workshop:
         store.write_study(out, dataclasses.replace(latest, models={**latest.models, model.name: facts}))
 
     def make(self, jobs: list[tuple[Recipe, list[str]]]) -> None:
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=self.out) as work:
+        """Train here, one recipe after the other, while a thread exports and attests those that are trained.
+
+        That thread only starts child processes and moves files: Keras is used by one thread alone, so
+        a study's numbers do not depend on who was first.
+        """
+        exports = []
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=self.out) as work, ThreadPoolExecutor(1) as exporter:
             self.work = Path(work)
-            for recipe, schemes in jobs:
-                try:
-                    result = self._follow(recipe)
-                except Exception as error:  # noqa: BLE001 - one recipe's failure must not end the study
-                    for scheme in schemes:
-                        self._fail(recipe, scheme, error)
-                    continue
-                self._export(recipe, result, schemes)
+            try:
+                for recipe, schemes in jobs:
+                    try:
+                        result = self._follow(recipe)
+                    except Exception as error:  # noqa: BLE001 - one recipe's failure must not end the study
+                        for scheme in schemes:
+                            self._fail(recipe, scheme, error)
+                        continue
+                    exports.append(exporter.submit(self._export, recipe, result, schemes))
+                for export in exports:
+                    export.result()
+            finally:
+                exporter.shutdown(wait=True, cancel_futures=True)
 
     def _follow(self, recipe: Recipe) -> steps.StepResult:
+        test, fingerprint = self.data["test"], self.data.fingerprint
+        self.base.classes(self.spec, test, fingerprint)
         result, carried = self.base, frozenset()
         for step in recipe.steps:
             key = steps.step_key(result.key, step, self.data, self.plan.seed)
@@ -260,13 +274,16 @@ class _Workshop:
             report = lambda done, total, facts, label=label: self.say(
                 Event("step", self.model.name, label, done, total, facts=facts)
             )
+            kept = "(kept from before) " if steps.find(self.steps_folder, key) else ""
             result = steps.run(
                 self.steps_folder, key, step, result, self.spec, self.loaded.model, self.data, self.plan.seed,
                 keep=carried & step.keeps, callbacks=self.plan.callbacks, progress=report,
             )  # fmt: skip
             training = result.reports[-1].training or {}
-            self.say(Event("note", self.model.name, label, text=_training_text(training)))
+            self.say(Event("note", self.model.name, label, text=kept + _training_text(training)))
             carried = result.properties
+        if Property.FAKE_QUANT not in carried:
+            result.classes(self.spec, test, fingerprint)
         return result
 
     def _export(self, recipe: Recipe, result: steps.StepResult, schemes: list[str]) -> None:
