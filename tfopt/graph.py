@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import keras
 
+from tfopt.errors import ModelRefused
+
 
 def calls(model: keras.Model) -> Iterator[tuple[keras.Operation, tuple, tuple]]:
     """(operation, input shape, output shape) for each call, shared layers once for each call.
@@ -72,6 +74,14 @@ def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | Non
     replacements: layer name -> the new layers, applied one after the other; their weights are theirs.
     """
     replacements = replacements or {}
+    names = [layer.name for layer in flat_layers(model)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ModelRefused(
+            "Two layers of the model have the same name, so its weights cannot be told apart",
+            received=", ".join(twice[:3]),
+            next_step="Give the layers of nested models names of their own",
+        )
 
     def call(layer, *args, **kwargs):
         chain = replacements.get(layer.name)

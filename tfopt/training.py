@@ -280,6 +280,8 @@ def recalibrate(
     After surgery on kernels the old statistics describe another network, and at the usual momentum
     of 0.99 a short fine-tuning would end before they have caught up.
     """
+    import tensorflow as tf
+
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     momenta = [layer.momentum for layer in norms]
     if not norms:
@@ -287,11 +289,14 @@ def recalibrate(
     # Class folders lie one class after the other, and the variance within one class is not that of all.
     sample = train.balanced(batches * batch_size)
     sample = sample.subset(np.argsort(sample.hashes, kind="stable"))
+    share = tf.Variable(0.0)
+    forward = tf.function(lambda images: model(images, training=True), reduce_retracing=True)
     try:
+        for layer in norms:
+            layer.momentum = share
         for count, (images, _) in enumerate(sample.batches(spec, batch_size)):
-            for layer in norms:
-                layer.momentum = count / (count + 1)
-            model(images, training=True)
+            share.assign(count / (count + 1))
+            forward(tf.constant(images))
     finally:
         for layer, momentum in zip(norms, momenta):
             layer.momentum = momentum
