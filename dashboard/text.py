@@ -43,8 +43,8 @@ def count(value: float | None) -> str:
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds with three digits that mean something: '0.0812 ms', '1.34 ms', '33.3 ms'"""
-    return NONE if _gone(value) else f"{significant(value)} ms"
+    """Milliseconds with three digits that mean something, never below a microsecond: '0.081 ms', '33.3 ms'."""
+    return NONE if _gone(value) else f"{round(value, 3):.3f} ms" if value < 1 else f"{significant(value)} ms"
 
 
 def significant(value: float) -> str:

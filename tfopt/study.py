@@ -6,6 +6,7 @@ is made. A variant that fails becomes a record with its reason, and the others g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import gzip
@@ -141,19 +142,37 @@ def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
     say = on_event or (lambda event: None)
     out = Path(plan.out)
     say(Event("plan", total=len(plan.expected())))
+    new = not (out / "study.json").exists()
     record = _begin(plan, out)
-    for model in plan.models:
-        jobs = [(recipe, *_missing(plan, model, recipe)) for recipe in plan.recipes]
-        for _recipe, present, _ in jobs:
-            for variant in present:
-                say(Event("variant", model.name, variant, text="already there"))
-        jobs = [(recipe, missing) for recipe, _, missing in jobs if missing]
-        if jobs:
-            _Workshop(plan, model, out, record, say).make(jobs)
+    work: list[tuple[_Workshop, list[tuple[Recipe, list[str]]]]] = []
+    try:
+        # Every model is opened and checked before the first is worked on.
+        for model in plan.models:
+            jobs = [(recipe, *_missing(plan, model, recipe)) for recipe in plan.recipes]
+            for _recipe, present, _ in jobs:
+                for variant in present:
+                    say(Event("variant", model.name, variant, text="already there"))
+            jobs = [(recipe, missing) for recipe, _, missing in jobs if missing]
+            if jobs:
+                work.append((_Workshop(plan, model, out, record, say), jobs))
+    except BaseException:
+        if new:
+            _forget(out)
+        raise
+    for workshop, jobs in work:
+        workshop.make(jobs)
     _measure_all(plan, out, say)
     record = dataclasses.replace(store.read_study(out).record, finished_at=_now())
     store.write_study(out, record)
     return store.read_study(out)
+
+
+def _forget(out: Path) -> None:
+    """Take back what _begin and the opening of models wrote into a folder that was no study before."""
+    shutil.rmtree(out / STEPS_FOLDER, ignore_errors=True)
+    (out / "study.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()  # only if nothing else is in it
 
 
 def _begin(plan: Plan, out: Path) -> StudyRecord:
@@ -171,6 +190,7 @@ def _begin(plan: Plan, out: Path) -> StudyRecord:
                 next_step="Choose another folder with --out, or delete this one",
             )
         created, models = known.created_at, dict(known.models)
+        described = known.data  # where the images first came from, not the cache they come from now
     except Problem:
         if (out / "study.json").exists():
             raise
