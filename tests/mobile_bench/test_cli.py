@@ -193,10 +193,21 @@ def test_an_interrupt_exits_130_in_one_line(tiny):
         "--batch",
         "4096",
     ]
+    # A test run in the background of a shell inherits an ignored SIGINT, and a child would keep ignoring it.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     child = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=listen,
     )
     assert "loading" in child.stderr.readline()
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130 and out == "" and "interrupted" in err and "Traceback" not in err
