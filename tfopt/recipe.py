@@ -73,6 +73,8 @@ class Recipe:
 
     def with_training(self, changes: dict[str, dict]) -> Recipe:
         """The same recipe with training settings changed: {'prune': {'steps': 100}, '*': {…}}."""
+        for change in changes.values():
+            TrainConfig.from_dict(change)  # what no step uses must make sense all the same
         steps = []
         for step in self.steps:
             change = {**changes.get("*", {}), **changes.get(step.name, {})}
