@@ -156,7 +156,7 @@ def test_advice_follows_the_deadline(study):
     quick = advice.recommend(frames.variants(read, deadline_ms=0.4), 0.4)
     assert quick.best == "mobilenet-w0.25/qat-int8"
     none = advice.recommend(frames.variants(read, deadline_ms=0.01), 0.01)
-    assert none.best is None and none.sentence.startswith("Nothing meets 0.010 ms")
+    assert none.best is None and none.sentence.startswith("Nothing meets 0.0100 ms")
 
 
 def test_advice_has_words_for_a_study_without_times(tmp_path):
