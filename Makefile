@@ -45,10 +45,10 @@ install: .venv/.installed
 
 # The commands stand on the model cards too; each takes up to an hour on two cores.
 baselines: .venv/.installed
-	$(BIN)/tfopt train resnet8 --data fashion_mnist --train epochs=15 --out saved_models/baselines/resnet8-fashion
-	$(BIN)/tfopt train mobilenet --width 0.25 --data fashion_mnist --train epochs=15 --out saved_models/baselines/mobilenet-fashion
-	$(BIN)/tfopt train resnet8 --data '$(CIFAR10)' --train epochs=40 --out saved_models/baselines/resnet8-cifar10-jpeg
-	$(BIN)/tfopt train mobilenet --width 0.25 --data '$(CIFAR10)' --train epochs=40 --out saved_models/baselines/mobilenet-cifar10-jpeg
+	$(BIN)/tfopt train resnet8 --data fashion_mnist --train epochs=15 --force --out saved_models/baselines/resnet8-fashion
+	$(BIN)/tfopt train mobilenet --width 0.25 --data fashion_mnist --train epochs=15 --force --out saved_models/baselines/mobilenet-fashion
+	$(BIN)/tfopt train resnet8 --data '$(CIFAR10)' --train epochs=40 --force --out saved_models/baselines/resnet8-cifar10-jpeg
+	$(BIN)/tfopt train mobilenet --width 0.25 --data '$(CIFAR10)' --train epochs=40 --force --out saved_models/baselines/mobilenet-cifar10-jpeg
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -84,7 +84,9 @@ def variants(study: Study, place: Place | None = None, deadline_ms: float | None
     for name in study.missing:
         model, _, variant = name.partition("/")
         recipe, _, scheme = variant.rpartition("-")
-        reason = "not made yet" if not study.record.finished_at else "the study ended without it"
+        damaged = next((p for p in study.problems if f"/{name}/variant.json" in p), None)
+        unmade = "not made yet" if not study.record.finished_at else "the study ended without it"
+        reason = f"its record cannot be read: {damaged}" if damaged else unmade
         rows.append(
             {
                 "model": model, "variant": variant, "recipe": recipe, "scheme": scheme, "status": "missing",

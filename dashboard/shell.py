@@ -97,7 +97,8 @@ def _notices(study: Study, frame: pd.DataFrame) -> None:
         _follow(study)
     problems = frames.problems(study)
     if problems:
-        with st.expander(f"{text.plural(len(problems), 'record')} could not be read", icon=":material/warning:"):
+        verb = "is" if len(problems) == 1 else "are"
+        with st.expander(f"{text.plural(len(problems), 'file')} {verb} missing or damaged", icon=":material/warning:"):
             for problem in problems:
                 st.text(problem)
 

@@ -9,8 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, Problem
 from mobile_bench.jobs import OnProgress
+
+
+@contextmanager
+def held(path: Path, refusal: Problem) -> Iterator[None]:
+    """Hold the lock file `path` for the block; raises `refusal` at once where another process holds it.
+
+    The system frees it when the process ends, however it ends. Where files cannot be locked, nothing is.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        yield
 
 
 @contextmanager

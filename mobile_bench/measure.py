@@ -39,6 +39,8 @@ def measure(
     for name, value, most in (("batch", batch, 4096), ("runs", runs, 100_000), ("max_runs", max_runs, 100_000)):
         if not isinstance(value, int) or not 1 <= value <= most:
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     transport = transport_for(target)
     _check_can_run(target)
     facts = {"kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch}

@@ -113,10 +113,23 @@ def read_entry(folder: str | Path) -> Entry:
     """One variant's folder."""
     folder = Path(folder)
     variant = _read(folder / "variant.json", Variant)
-    problems: list[str] = []
+    problems = _file_problems(folder / "model.tflite", variant)
     qualities = _read_all(folder / "quality", Quality, problems)
     measurements = sorted(_read_all(folder / "bench", Measurement, problems), key=lambda m: m.started_at)
     return Entry(folder, variant, tuple(qualities), tuple(measurements), tuple(problems))
+
+
+def _file_problems(tflite: Path, variant: Variant) -> list[str]:
+    """A file that is gone or of another size than its record says; its content is not read for this."""
+    if variant.status != "ok":
+        return []
+    again = "run the study again, which makes it anew"
+    if not tflite.is_file():
+        return [f"{tflite} is gone: {again}"]
+    size = tflite.stat().st_size
+    if size != variant.size_bytes:
+        return [f"{tflite} has {size} bytes, its record says {variant.size_bytes}: {again}"]
+    return []
 
 
 def find_studies(folder: str | Path) -> list[Path]:

@@ -82,11 +82,22 @@ def run_study(
     from tfopt import study as studies
     from tfopt.errors import InputError
 
+    check_seed(seed)
+    if not isinstance(out, (str, Path)):
+        raise InputError("The study's place is not a path", received=repr(out), allowed="a folder's path")
+    changes = _checked(training or {})
     if isinstance(data, (str, Path)):
         data = data_sets.load(data)
+    if not isinstance(data, data_sets.ImageData):
+        raise InputError(
+            "The data is not an image data set",
+            received=type(data).__name__,
+            allowed="a name, a folder, or what tfopt.data gives",
+            next_step="Wrap arrays with tfopt.data.from_arrays((images, labels))",
+        )
     if isinstance(recipes, (str, Path, recipe_files.Recipe)):
         recipes = [recipes]
-    chosen = tuple(recipe.with_training(training or {}) for recipe in recipe_files.load_all(recipes))
+    chosen = tuple(recipe.with_training(changes) for recipe in recipe_files.load_all(recipes))
     if not models:
         raise InputError("No model was given", next_step="Name one: a .keras file, or keras:MobileNetV2")
     if not deadline_fps > 0:
@@ -105,6 +116,31 @@ def run_study(
         callbacks=tuple(callbacks),
     )
     return studies.run(plan, on_event)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless every library here takes this seed."""
+    from tfopt.errors import InputError
+
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise InputError("The seed is out of range", received=repr(seed), allowed="a whole number from 0 to 4294967295")
+
+
+def _checked(training: dict) -> dict[str, dict]:
+    from tfopt.errors import InputError, unknown_name
+    from tfopt.technique import techniques
+
+    known = ("*", *techniques())
+    for name, settings in training.items() if isinstance(training, dict) else [("", training)]:
+        if not isinstance(settings, dict):
+            raise InputError(
+                "Training settings are not given by technique",
+                received=repr({name: settings} if name else settings),
+                allowed="{'prune': {'steps': 100}}, or {'*': {'steps': 100}} for all",
+            )
+        if name not in known:
+            raise unknown_name("technique", str(name), known)
+    return training
 
 
 def _source(model, data: ImageData, input_spec: str | None, trust: bool):

@@ -30,17 +30,31 @@ DEFAULT_TRAINING = TrainConfig(
 
 
 def train(
-    architecture: str, data: ImageData, out: Path, *, width: float = 1.0, config: TrainConfig = DEFAULT_TRAINING,
-    size: int | None = None, seed: int = 0, command: str = "", progress: Callable[[int, int, dict], None] | None = None,
-) -> dict:  # fmt: skip
+    architecture: str,
+    data: ImageData,
+    out: Path,
+    *,
+    width: float = 1.0,
+    config: TrainConfig = DEFAULT_TRAINING,
+    size: int | None = None,
+    seed: int = 0,
+    command: str = "",
+    replace: bool = False,
+    progress: Callable[[int, int, dict], None] | None = None,
+) -> dict:
     """Train, save and attest a classifier; returns the card.
 
     architecture: a name of tfopt.builders. size: image height and width, the data's own by default.
-    The accuracy on the card is that of the exported float32 .tflite on the test split.
+    A model that is there already is refused unless `replace`. The accuracy on the card is that of the
+    exported float32 .tflite on the test split.
     """
     import keras
 
     from tfopt import builders, models, training
+    from tfopt.api import check_seed
+
+    check_seed(seed)
+    check_place(out, replace=replace)
 
     height, width_px, channels = data.image_shape
     if size:
@@ -55,6 +69,20 @@ def train(
     out = Path(out)
     models.save(model, out / "model.keras", spec)
     return write_card(out, data, training_report=report.to_dict(), config=config, seed=seed, command=command)
+
+
+def check_place(out: Path, *, replace: bool = False) -> None:
+    """Raise InputError, before hours of training, where a model cannot or must not be put."""
+    out = Path(out)
+    taken = next((path for path in (out, *out.parents) if path.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise InputError("The model's place lies in a file", received=f"{out} ({taken} is a file)", allowed="a folder")
+    if (out / "model.keras").exists() and not replace:
+        raise InputError(
+            "There is a model in the folder already",
+            received=out / "model.keras",
+            next_step="Choose another folder with --out, or say --force to replace it",
+        )
 
 
 def write_card(

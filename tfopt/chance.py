@@ -47,15 +47,18 @@ def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
     best = max(scores, key=scores.get)
     here = f"{accuracy:.1%} right of {len(split)} images with scaling {loaded.spec.scaling} ({loaded.spec_from})"
     trials = min(TRIAL_IMAGES, len(split))
+    low, _ = wilson_interval(round(scores[best] * trials), trials, 0.99)
+    better = low > chance  # among few images the best of five scalings is better than guessing by luck
     advice = (
-        f"The likely scaling is {best}, which gets {scores[best]:.1%} of {trials} of them right: "
+        f"The likely scaling is {best}, which gets {scores[best]:.1%} right on {trials} of them, "
+        "averaged over the classes: "
         f"pass --input-spec scaling={best}"
     )
     if guessing:
         raise ModelError(
             "The model does no better than guessing on the validation images",
             received=f"{here}; guessing gets {chance:.1%}",
-            next_step=(advice if not _near(scores[best], chance) else _other_order(named, split.labels))
+            next_step=(advice if better and not _near(scores[best], chance) else _other_order(named, split.labels))
             or "No other scaling helps: check that the model was trained for these classes, in this order",
         )
     if scores[best] >= scores.get(loaded.spec.scaling, 1) + CLEARLY and len(split) >= MANY_IMAGES:

@@ -76,6 +76,7 @@ def train(
     size: Annotated[int | None, typer.Option(help="Image height and width; the data's own by default")] = None,
     training: Train = None,
     seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is in the folder")] = False,
     as_json: Json = False,
 ):
     """Train a classifier from scratch and write its model card.
@@ -85,6 +86,7 @@ def train(
     from tfopt import baselines
     from tfopt.training import TrainConfig
 
+    baselines.check_place(out, replace=force)
     found = _load_data(data)
     changes = _training(training).get("*", {})
     base = dataclasses.asdict(baselines.DEFAULT_TRAINING)
@@ -99,6 +101,7 @@ def train(
             width=width,
             config=config,
             size=size,
+            replace=force,
             seed=seed,
             command=_command(),
             progress=progress,
@@ -267,14 +270,21 @@ def evaluate(
 def report(
     study: Annotated[Path, typer.Argument(help="A study folder")],
     out: Annotated[Path | None, typer.Option(help="The .html to write; STUDY/report.html by default")] = None,
+    as_json: Json = False,
 ):
     """One standalone HTML file of a study: table, trade-offs, every variant's story.
 
     tfopt report saved_models/demo-fashion_mnist
     """
+    from dashboard.frames import problems
     from dashboard.report import write_report
+    from mobile_bench.store import read_study
 
     path = write_report(study, out)
+    for problem in problems(read_study(study)):
+        console.print(f"[yellow]warning:[/] {escape(problem)}", highlight=False)
+    if as_json:
+        _print_json({"schema_version": SCHEMA_VERSION, "report": str(path), "size_bytes": path.stat().st_size})
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens without a network", highlight=False)
 
 
@@ -314,7 +324,7 @@ def _study(
 
     changes = _training(training)
     images = _load_data(data)
-    if train_images or test_images:
+    if train_images is not None or test_images is not None:
         images = images.limited(train=train_images, test=test_images)
     with _watch() as on_event:
         made = run_study(

@@ -59,9 +59,11 @@ def evaluate_one(
         raise InputError("The file does not exist", received=file, allowed="a .tflite or .keras file")
     place, split_name = data_sets.parse(data)
     images = data_sets.load(place)
-    if test_images:
+    if test_images is not None:
         images = images.limited(test=test_images)
     split = images[split_name]
+    # A reference that cannot be used is refused like any other model, before the long work.
+    other = _open(reference, images, None, trust) if reference else None
     if file.suffix == ".tflite":
         check_is_tflite(file)
         shape = conversion.input_shape(file.read_bytes())[1:]
@@ -74,22 +76,19 @@ def evaluate_one(
         outputs = int(found.outputs[0].shape[-1])
         _check_classes(max(2, outputs), images)
     else:
-        predictions, spec = _keras_answers(file, split, images, input_spec, trust)
+        loaded = _open(file, images, input_spec, trust)
+        spec = loaded.spec
+        predictions = _named(loaded.model, split, spec)
         runtime = "keras"
     agreement = None
-    reference = reference or (_beside(file) if file.suffix == ".tflite" else None)
-    if reference:
+    if other is not None:
+        known = spec if other.spec_from == "an assumption" else other.spec
+        agreement = float(np.mean(predictions == _named(other.model, split, known)))
+    elif reference is None and file.suffix == ".tflite" and _beside(file):
         from tfopt.steps import keras_classes
 
-        if reference.suffix == ".keras" and reference.name == "model.keras":
-            quantized = (
-                next(iter(sorted(reference.parent.glob("quantized*"))), None)
-                if reference.parent == file.parent
-                else None
-            )
-        else:
-            quantized = None
-        agreement = float(np.mean(predictions == keras_classes(reference, quantized, split, spec)))
+        quantized = next(iter(sorted(file.parent.glob("quantized*"))), None)
+        agreement = float(np.mean(predictions == keras_classes(_beside(file), quantized, split, spec)))
     correct = int(np.sum(predictions == split.labels))
     low, high = stats.wilson_interval(correct, len(split))
     return {
@@ -187,12 +186,18 @@ def _beside(file: Path) -> Path | None:
     return candidate if candidate.is_file() else None
 
 
-def _keras_answers(file, split, images, input_spec, trust):
-    from tfopt import models, training
+def _open(file: Path, images, input_spec: str | None, trust: bool):
+    from tfopt import models
 
     loaded = models.load(file, input_spec=input_spec, trust=trust)
     models.check_classes(loaded, images.class_names)
-    return training.classify(training.predict(loaded.model, split, loaded.spec), loaded.spec), loaded.spec
+    return loaded
+
+
+def _named(model, split, spec) -> np.ndarray:
+    from tfopt import training
+
+    return training.classify(training.predict(model, split, spec), spec)
 
 
 def _check_classes(outputs: int, images) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from mobile_bench import device, store
 from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
+from mobile_bench.lock import held, lock_path
 from mobile_bench.records import StudyRecord, Target, Variant
 from tfopt import attest, convert, steps
 from tfopt.data import ImageData
@@ -141,6 +142,17 @@ def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
     """
     say = on_event or (lambda event: None)
     out = Path(plan.out)
+    busy = InputError(
+        "A study is being made in this folder right now",
+        received=out,
+        next_step="Wait for it to end, or choose another --out",
+    )
+    # In the user's cache, so that a refused study leaves no lock file behind in a folder that is none.
+    with held(lock_path(f"study-{steps.content_key(str(out.resolve()))}"), busy):
+        return _run(plan, out, say)
+
+
+def _run(plan: Plan, out: Path, say: OnEvent) -> store.Study:
     say(Event("plan", total=len(plan.expected())))
     new = not (out / "study.json").exists()
     record = _begin(plan, out)
@@ -167,6 +179,11 @@ def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
     return store.read_study(out)
 
 
+def _described(data: dict) -> str:
+    counts = data.get("images") or {}
+    return f"{data.get('name')} ({counts.get('train')} train, {counts.get('test')} test images)"
+
+
 def _forget(out: Path) -> None:
     """Take back what _begin and the opening of models wrote into a folder that was no study before."""
     shutil.rmtree(out / STEPS_FOLDER, ignore_errors=True)
@@ -186,7 +203,7 @@ def _begin(plan: Plan, out: Path) -> StudyRecord:
         if known.data.get("fingerprint") != data.fingerprint:
             raise InputError(
                 "The folder holds a study of other data",
-                received=f"{out} made with {known.data.get('name')}",
+                received=f"{out} made with {_described(known.data)}; asked for {_described(described)}",
                 next_step="Choose another folder with --out, or delete this one",
             )
         created, models = known.created_at, dict(known.models)

@@ -151,6 +151,13 @@ def test_advice_names_the_most_accurate_in_time_and_the_smallest_within_the_poin
     assert "10,000 test images cannot settle" in advised.caution
 
 
+def test_a_damaged_record_is_not_called_unmade(own_study):
+    damaged = sorted(own_study.glob("*/*/variant.json"))[0]
+    damaged.write_text("{}")
+    row = frames.variants(read_study(own_study)).loc[f"{damaged.parent.parent.name}/{damaged.parent.name}"]
+    assert row["status"] == "missing" and "cannot be read" in row["reason"] and "variant.json" in row["reason"]
+
+
 def test_advice_follows_the_deadline(study):
     read = read_study(study)
     quick = advice.recommend(frames.variants(read, deadline_ms=0.4), 0.4)

@@ -217,8 +217,9 @@ def test_damaged_variants_and_measurements_are_named_and_the_rest_is_shown(own_s
     at_study(own_study)
     app = _one(page)
     assert not app.exception
-    assert app.expander[0].label == "3 records could not be read"
+    assert app.expander[0].label == "4 files are missing or damaged"
     assert "qat-int8/variant.json" in _words(app)
+    assert "prune-int8/model.tflite is gone" in _words(app)
 
 
 def test_no_study_and_no_folder_are_said_in_words(tmp_path, at_study):

@@ -29,7 +29,8 @@ def study(tmp_path):
     store.write_study(folder, RECORD)
     for scheme in ("float32", "int8"):
         place = store.variant_folder(folder, "net", f"b-{scheme}")
-        store.write_variant(place, variant(scheme))
+        store.write_variant(place, variant(scheme, size_bytes=5))
+        (place / "model.tflite").write_bytes(b"bytes")
         store.write_quality(place, Quality("digits", "test", "f", 10, 9, sha256=f"{scheme}-sha"))
         store.write_measurement(place, measurement("bbbb", "2026-11-23T08:00:00+00:00", f"{scheme}-sha"))
         store.write_measurement(place, measurement("aaaa", "2026-11-23T07:00:00+00:00", f"{scheme}-sha"))
@@ -75,6 +76,17 @@ def test_damaged_records_are_reported_and_the_rest_is_read(study):
     assert len(found.entries[0].measurements) == 2 and len(found.entries[0].problems) == 3
     assert len(found.problems) == 1 and "b-float32" in found.problems[0]
     assert "net/b-float32" in found.missing
+
+
+def test_a_file_that_is_gone_or_cut_short_is_told(study):
+    float32, int8 = (study / "net" / f"b-{scheme}" / "model.tflite" for scheme in ("float32", "int8"))
+    assert not any(entry.problems for entry in store.read_study(study).entries)
+    float32.unlink()
+    int8.write_bytes(b"cut")
+    told = [problem for entry in store.read_study(study).entries for problem in entry.problems]
+    assert len(told) == 2
+    assert any("is gone" in text and str(float32) in text for text in told)
+    assert any("has 3 bytes, its record says 5" in text and str(int8) in text for text in told)
 
 
 def test_names_beyond_ascii_survive(study, monkeypatch):

@@ -70,6 +70,7 @@ def test_report_is_one_html_file(study):
     done = tfopt("report", folder)
     assert done.returncode == 0, done.stderr
     page = (folder / "report.html").read_text()
+    assert json.loads(tfopt("report", folder, "--json").stdout)["size_bytes"] == (folder / "report.html").stat().st_size
     assert "baseline-int8" in page and page.lstrip().lower().startswith("<!doctype html")
 
 
@@ -98,6 +99,22 @@ def test_train_writes_model_and_card(tmp_path):
     assert card["training"]["epochs"] == 1
 
 
+def test_train_does_not_replace_a_model_unasked(trained_file, tmp_path):
+    there = tmp_path / "model.keras"
+    there.write_bytes(trained_file.read_bytes())
+    done = tfopt("train", "resnet8", "--data", "digits", "--train", "steps=1", "--out", tmp_path)
+    assert done.returncode == 2 and "--force" in done.stderr
+    assert there.read_bytes() == trained_file.read_bytes()
+
+
+def test_a_bad_reference_is_an_error_like_any_bad_model(study, tmp_path):
+    _, printed, _ = study
+    (tmp_path / "text.keras").write_text("not a model")
+    for name, message in (("text.keras", "damaged"), ("nope.keras", "does not exist")):
+        done = tfopt("evaluate", printed["variants"][0]["path"], "--data", "digits", "--reference", tmp_path / name)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_help_teaches_every_command():
     commands = ("train", "optimize", "study", "demo", "convert", "evaluate", "report", "recipes")
     printed = tfopt("--help").stdout
@@ -124,6 +141,10 @@ def test_help_teaches_every_command():
         ),
         (["study", "-m", "text.keras", "--data", "empty", "--out", "o"], "no class folders"),
         (["optimize", "text.keras", "--data", "digits", "--train", "steps=0"], "out of range"),
+        (["optimize", "text.keras", "--data", "digits", "--seed", "-1"], "The seed is out of range"),
+        (["optimize", "text.keras", "--data", "digits", "--train-images", "-5"], "train images is out of range"),
+        (["evaluate", "text.keras", "--data", "digits", "--test-images", "0"], "test images is out of range"),
+        (["train", "resnet8", "--data", "digits", "--out", "text.keras/x"], "text.keras is a file"),
         (["train", "resnet9", "--data", "digits", "--out", "o"], "Did you mean resnet8"),
         (["train", "resnet8", "--data", "digits", "--out", "o", "--train", "learning_rate=fast"], "learning_rate"),
         (["report", "empty"], "not a study"),

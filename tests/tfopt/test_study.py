@@ -138,6 +138,11 @@ def test_optimize_takes_a_model_in_memory(trained, digits, tmp_path):
         ({"models": ["nowhere.keras"]}, "does not exist"),
         ({"deadline_fps": 0}, "above 0"),
         ({"training": {"*": {"epoch": 3}}}, "Did you mean epochs"),
+        ({"seed": -1}, "The seed is out of range"),
+        ({"out": 5}, "not a path"),
+        ({"data": ([1], [2])}, "from_arrays"),
+        ({"training": {"steps": 2}}, "not given by technique"),
+        ({"training": {"prun": {"steps": 2}}}, "Did you mean prune"),
         ({"input_spec": "scaling=unity"}, "Did you mean unit"),
     ],
 )
@@ -160,8 +165,22 @@ def test_a_model_for_other_classes_is_refused(digits, tmp_path):
 
 def test_another_data_set_does_not_mix_into_a_study(made, trained_file, digits):
     result, _, _ = made
-    with pytest.raises(Problem, match="holds a study of other data"):
+    with pytest.raises(Problem, match=r"holds a study of other data.*360 test images.*asked for"):
         tfopt.run_study([trained_file], digits.limited(train=100), "baseline", out=result.folder)
+
+
+def test_two_studies_at_once_in_one_folder_are_refused(trained_file, digits, tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def second(event):
+        if not seen:
+            with pytest.raises(Problem, match="being made in this folder right now") as caught:
+                tfopt.run_study([trained_file], digits, "baseline", out=out, targets=())
+            seen.append(caught.value.exit_code)
+
+    recipe = tfopt.recipe.Recipe("plain", (), ("float32",))
+    first = tfopt.run_study([trained_file], digits, recipe, out=out, targets=(), on_event=second)
+    assert seen == [2] and first.entries[0].variant.status == "ok"
 
 
 def test_study_json_is_plain_and_versioned(made):

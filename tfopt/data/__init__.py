@@ -161,6 +161,12 @@ def from_arrays(
     `train`, a tenth each. Raises DataError for anything else, such as images already scaled to 0..1.
     """
     given = {"train": train, "test": test, "validation": validation}
+    for key, pair in given.items():
+        if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise DataError(
+                f"The {key} data is not a pair", received=type(pair).__name__, allowed="(images, labels)",
+                next_step="Call from_arrays((images, labels), test=(images, labels))",
+            )  # fmt: skip
     parts = {key: _part(key, *pair) for key, pair in given.items() if pair is not None}
     highest = max(int(part.labels.max()) for part in parts.values())
     if class_names is None:

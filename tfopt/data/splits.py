@@ -174,6 +174,10 @@ class ImageData:
         splits = dict(self.splits)
         for name, count in (("train", train), ("test", test)):
             if count is not None:
+                if not isinstance(count, int) or count < 1:
+                    raise DataError(
+                        f"The number of {name} images is out of range", received=count, allowed="1 and above"
+                    )
                 splits[name] = splits[name].balanced(count)
         suffix = f"-{train or 'all'}-{test or 'all'}"
         return dataclasses.replace(self, splits=splits, fingerprint=self.fingerprint + suffix)
