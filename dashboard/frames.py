@@ -229,8 +229,3 @@ def counted(frame: pd.DataFrame) -> str:
 
 def study_name(study: Study) -> str:
     return study.record.name or study.folder.resolve().name
-
-
-def problems(study: Study) -> list[str]:
-    """Every record that could not be read, and why."""
-    return [*study.problems, *(problem for entry in study.entries for problem in entry.problems)]

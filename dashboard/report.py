@@ -254,11 +254,11 @@ def _file(entry: Entry) -> str:
 
 
 def _problems(study: Study) -> str:
-    problems = frames.problems(study)
+    problems = study.damage
     if not problems:
         return ""
     items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-    return f"<section><h2>Records that could not be read</h2><ul>{items}</ul></section>"
+    return f"<section><h2>Missing or damaged files</h2><ul>{items}</ul></section>"
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:

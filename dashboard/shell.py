@@ -95,7 +95,7 @@ def _notices(study: Study, frame: pd.DataFrame) -> None:
             icon=":material/hourglass_top:",
         )
         _follow(study)
-    problems = frames.problems(study)
+    problems = study.damage
     if problems:
         verb = "is" if len(problems) == 1 else "are"
         with st.expander(f"{text.plural(len(problems), 'file')} {verb} missing or damaged", icon=":material/warning:"):

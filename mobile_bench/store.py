@@ -49,6 +49,11 @@ class Study:
     problems: tuple[str, ...] = ()
 
     @property
+    def damage(self) -> tuple[str, ...]:
+        """Every record that cannot be read and every file that is gone or cut short, a sentence each."""
+        return (*self.problems, *(problem for entry in self.entries for problem in entry.problems))
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """'{model}/{variant}' names that the study promised and does not hold (yet)."""
         there = {f"{e.variant.model}/{e.variant.name}" for e in self.entries}

@@ -276,12 +276,11 @@ def report(
 
     tfopt report saved_models/demo-fashion_mnist
     """
-    from dashboard.frames import problems
     from dashboard.report import write_report
     from mobile_bench.store import read_study
 
     path = write_report(study, out)
-    for problem in problems(read_study(study)):
+    for problem in read_study(study).damage:
         console.print(f"[yellow]warning:[/] {escape(problem)}", highlight=False)
     if as_json:
         _print_json({"schema_version": SCHEMA_VERSION, "report": str(path), "size_bytes": path.stat().st_size})

@@ -116,7 +116,7 @@ def test_a_study_with_a_damaged_record_is_reported_with_the_rest(browser, own_st
     (own_study / "resnet8/qat-int8/variant.json").write_text("{")
     page = _page(browser, write_report(own_study))
     text = page.locator("main").inner_text()
-    assert "Records that could not be read" in text and "qat-int8/variant.json" in text
+    assert "Missing or damaged files" in text and "qat-int8/variant.json" in text
     assert page.complaints == []
 
 
