@@ -4,6 +4,7 @@ Problem                     something a person can put right; exit code 2
 ├── InputError              a file, flag or value that cannot be used
 ├── DataError               images or labels that cannot be read
 ├── ModelRefused            a runtime or a technique will not take this model
+├── TransportError          a target cannot be reached, will not let us in, or went away
 ├── DelegateError           a delegate's library is missing, or it fell back or was wrong
 └── JobFailed               a child process failed, was killed or ran out of time or memory
 
@@ -57,6 +58,10 @@ class ModelRefused(Problem):
 
 class DelegateError(Problem):
     """A delegate's library is missing, or it fell back or computed something else."""
+
+
+class TransportError(Problem):
+    """A target cannot be reached, will not let us in, or went away half-way."""
 
 
 class JobFailed(Problem):

@@ -41,7 +41,6 @@ def measure(
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
-    transport = transport_for(target)
     _check_can_run(target)
     facts = {"kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch}
     facts["run_id"] = uuid.uuid4().hex[:8]
@@ -49,10 +48,13 @@ def measure(
         "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": runs,
         "max_runs": max_runs, "seed": seed, "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
-    with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress):
+    transport = transport_for(target)
+    with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress), transport:
         facts["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            found = transport.run(Path(tflite), job, on_progress=on_progress, timeout_s=timeout_s)
+            found = transport.run(
+                "mobile_bench.worker", job, files={"tflite": Path(tflite)}, on_progress=on_progress, timeout_s=timeout_s
+            )
         except ModelRefused as refusal:
             return Measurement(**facts, status="refused", reason=str(refusal))
         except JobFailed as failure:

@@ -187,6 +187,30 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Connection:
+    """How to reach a target that is not this machine; never stored with a measurement.
+
+    address: 'user@host' for ssh, the serial for adb. identity_file: a private key; '' leaves the choice to
+    ssh. known_hosts: '' is the user's own file. folder: where work files go on the device; '' lets the
+    transport choose. python: the interpreter there. tool: the path here of the benchmark_model binary for adb.
+    """
+
+    address: str
+    port: int | None = None
+    identity_file: str = ""
+    known_hosts: str = ""
+    folder: str = ""
+    python: str = "python3"
+    tool: str = ""
+
+    def __post_init__(self):
+        if not self.address or self.address.startswith("-") or any(ord(c) < 32 for c in self.address):
+            raise InputError("A target's address cannot be used", received=repr(self.address), allowed="user@host")
+        if self.port is not None and not 1 <= self.port <= 65_535:
+            raise InputError("A target's port is out of range", received=self.port, allowed="1 to 65535")
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One run of one file on one target; stored as bench/{target}-{time}-{run_id}.json.
 

@@ -1,8 +1,9 @@
-"""This machine: the worker is a child process."""
+"""This machine: the job is a child process."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from mobile_bench.errors import JobFailed
@@ -12,17 +13,24 @@ from mobile_bench.jobs import OnProgress, run_job
 class Local:
     place = "local"
 
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing is left: each job's folder goes with the job."""
+
     def run(
-        self, tflite: Path, job: dict, *, on_progress: OnProgress | None = None, timeout_s: float | None = None
-    ) -> dict:
-        job = {**job, "tflite": str(Path(tflite).resolve())}
+        self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+    ) -> dict:  # fmt: skip
+        job = {**job, **{key: str(Path(path).resolve()) for key, path in {**files, **(outputs or {})}.items()}}
         with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
             try:
-                return run_job("mobile_bench.worker", job, Path(folder), on_progress=on_progress, timeout_s=timeout_s)
+                return run_job(module, job, Path(folder), on_progress=on_progress, timeout_s=timeout_s)
             except JobFailed as failure:
                 # The log goes with the folder; its last lines are in `received`.
                 raise JobFailed(
-                    failure.what.replace("child process mobile_bench.worker", "measuring process"),
+                    failure.what.replace(f"child process {module}", "measuring process"),
                     received=failure.received,
                     next_step="If it crashed, the runtime cannot bear this file: convert it again or try another one",
                 ) from failure

@@ -6,6 +6,10 @@ HEAVY = {"tensorflow", "keras", "tf_keras", "pandas", "streamlit", "altair", "tf
 MODULES = (
     "cli",
     "cli_support",
+    "commands",
+    "commands.evaluate",
+    "commands.run",
+    "commands.shared",
     "device",
     "errors",
     "evaluate",

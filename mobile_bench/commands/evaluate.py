@@ -1,0 +1,68 @@
+"""`mobile-bench evaluate`: what a file answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from mobile_bench.commands.shared import File, Json, Runtime, Spec, bar, print_json, table
+
+
+def evaluate(
+    file: File,
+    sample: Annotated[
+        Path, typer.Option(help="An .npz of images (uint8, NHWC, RGB) and labels (int32)", show_default=False)
+    ],
+    input_spec: Spec = "",
+    workers: Annotated[
+        Optional[int],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option(
+            help="Interpreters at work at once [default: chosen by timing the first images]", show_default=False
+        ),
+    ] = None,
+    runtime: Runtime = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a file on a sample of labelled images.
+
+    The same code runs here and on a board, so the two numbers can be compared:
+
+        mobile-bench evaluate model.tflite --sample sample.npz
+
+    A file from elsewhere does not say how it wants its pixels:
+
+        mobile-bench evaluate other.tflite --sample sample.npz --input-spec scaling=signed,head=logits
+    """
+    from mobile_bench.evaluate import evaluate_apart, read_sample
+    from mobile_bench.files import sha256_of
+    from mobile_bench.interpreter import check_is_tflite
+    from mobile_bench.metadata import find_spec
+    from mobile_bench.records import SCHEMA_VERSION
+    from mobile_bench.stats import wilson_interval
+
+    check_is_tflite(file)
+    images, _ = read_sample(sample)
+    spec = find_spec(file, input_spec, shape=images.shape[1:])
+    with bar(f"evaluating {file.name}") as progress:
+        found = evaluate_apart(file, sample, spec, workers=workers, runtime=runtime, progress=progress)
+    low, high = wilson_interval(found.correct, found.images)
+    if as_json:
+        facts = {name: getattr(found, name) for name in ("top1", "images", "correct", "runtime", "workers", "seconds")}
+        print_json(
+            {
+                "schema_version": SCHEMA_VERSION, **facts, "top1_low": low, "top1_high": high,
+                "images_per_second": found.images_per_second, "sha256": sha256_of(file),
+                "predictions": found.predictions.tolist(),
+            }
+        )  # fmt: skip
+        return
+    rows = {
+        "Top-1": f"{found.top1:.2%} (95% interval {low:.2%} to {high:.2%})",
+        "Images": f"{found.correct:,} of {found.images:,} right",
+        "Speed": f"{found.images_per_second:,.0f} images/s with {found.workers} worker(s), loading included",
+        "Runtime": found.runtime,
+    }
+    Console().print(table(str(file), rows))

@@ -1,0 +1,118 @@
+"""`mobile-bench run`: how fast a file is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobile_bench.commands.shared import (
+    File,
+    Json,
+    Runtime,
+    Spec,
+    ms,
+    print_json,
+    say,
+    say_stage,
+    table,
+    variant_folder,
+)
+from mobile_bench.errors import InputError
+
+
+def run(
+    file: File,
+    threads: Annotated[int, typer.Option(help="Threads the runtime may use")] = 1,
+    runs: Annotated[
+        int, typer.Option(help="Timed inferences, at least; a fast model gets up to 1,000 in a second")
+    ] = 50,
+    runtime: Runtime = "auto",
+    target: Annotated[str, typer.Option(help="Where to measure; this version knows 'local'")] = "local",
+    batch: Annotated[int, typer.Option(help="Images per inference")] = 1,
+    deadline_fps: Annotated[float, typer.Option(help="Frames per second to keep up with")] = 30.0,
+    input_spec: Spec = "",
+    seed: Annotated[int, typer.Option(help="Seed of the random input")] = 0,
+    save: Annotated[
+        Optional[bool],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option("--save/--no-save", help="Store the record in the study variant's bench/ [default: if it is one]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a file's inference in a fresh process.
+
+    It loads the file, runs it once, warms up until the times are steady, and then times single
+    inferences: only the runtime's own work, the input already in place.
+
+    Two threads, and whether it keeps up with 60 frames a second:
+
+        mobile-bench run model.tflite --threads 2 --deadline-fps 60
+
+    For a script:
+
+        mobile-bench run model.tflite --json | jq .summary.median_ms
+
+    Exit code 0: measured; 1: the worker crashed or took too long; 2: the file or an option cannot be used.
+    """
+    from mobile_bench import records, stats
+    from mobile_bench.inputs import InputSpec, override
+    from mobile_bench.measure import measure
+    from mobile_bench.metadata import recorded_spec
+
+    if not deadline_fps > 0:
+        raise InputError("The deadline is not a positive number of frames per second", received=deadline_fps)
+    if target != "local":
+        raise InputError("This version measures on this machine only", received=f"--target {target}", allowed="local")
+    folder = variant_folder(file, save)
+    spec = recorded_spec(file)
+    if input_spec.strip():
+        spec = override(spec or InputSpec(1, 1, 3), input_spec)
+    measurement = measure(
+        file, records.Target(threads=threads, runtime=runtime), batch=batch, runs=runs, spec=spec, seed=seed,
+        on_progress=say_stage,
+    )  # fmt: skip
+    if folder:
+        from mobile_bench.store import write_measurement
+
+        say(f"stored in {write_measurement(folder, measurement)}")
+    summary = stats.summarize(measurement)
+    if as_json:
+        print_json(
+            {
+                "schema_version": records.SCHEMA_VERSION,
+                "measurement": records.to_dict(measurement),
+                "summary": asdict(summary) if summary else None,
+            }
+        )
+    if measurement.status != "ok":
+        label = "refused" if measurement.status == "refused" else "the measurement failed"
+        say(f"{label}: {measurement.reason}", style="bold red")
+        raise typer.Exit(2 if measurement.status == "refused" else 1)
+    if not as_json:
+        Console().print(_run_table(file, measurement, summary, deadline_fps))
+    for warning in measurement.warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
+def _run_table(file: Path, measurement, summary, deadline_fps: float) -> Table:
+    deadline_ms = 1000 / deadline_fps
+    verdict = "yes" if summary.meets(deadline_ms) else "NO"
+    mib = lambda count: "unknown" if count is None else f"{count / 2**20:.1f} MiB"
+    target, device = measurement.target, measurement.device
+    rows = {
+        "Median": f"{ms(summary.median_ms)} (95% interval {ms(summary.median_low_ms)} to {ms(summary.median_high_ms)})",
+        "p90": ms(summary.p90_ms),
+        "p99": ms(summary.p99_ms),
+        "Load": ms(measurement.load_ms),
+        "First inference": ms(measurement.first_inference_ms),
+        "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
+        "Frames per second": f"{summary.fps:,.1f}",
+        f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {ms(summary.p90_ms)}, deadline {ms(deadline_ms)}",
+        "Measured": f"{summary.samples} runs of {measurement.batch} image(s), {target.threads} thread(s), "
+        f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}",
+    }
+    return table(str(file), rows)

@@ -1,0 +1,102 @@
+"""What the commands share: their common options, and how a table, a number and a line to the user look."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobile_bench.errors import InputError
+
+File = Annotated[Path, typer.Argument(help="A .tflite file", metavar="FILE.tflite", show_default=False)]
+Runtime = Annotated[str, typer.Option(help="auto, ai-edge-litert or tflite-runtime")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output, everything else on standard error")
+]
+Spec = Annotated[
+    str,
+    typer.Option(
+        help="How the model is fed where the file does not say: scaling=raw|unit|signed|torch|caffe, size=, "
+        "resize=stretch|crop, order=rgb|bgr, head=softmax|logits|sigmoid, or a .json file",
+        show_default=False,
+    ),
+]
+
+
+def table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def ms(value: float) -> str:
+    """Milliseconds to four digits: '0.2849 ms', '12.53 ms', '1042 ms'."""
+    if value >= 1000:
+        return f"{value:.0f} ms"
+    return f"{value:.{3 if value >= 1 else 4}g} ms" if value < 10 else f"{value:.4g} ms"
+
+
+def variant_folder(file: Path, save: bool | None) -> Path | None:
+    """Where the record goes: the folder of the study variant that this very file is, or None."""
+    from mobile_bench.errors import Problem
+    from mobile_bench.files import sha256_of
+    from mobile_bench.store import read_entry
+
+    if save is False:
+        return None
+    folder = file.resolve().parent
+    if not (folder / "variant.json").is_file():
+        if save:
+            raise InputError(
+                "There is no study variant to store the record with",
+                received=file,
+                allowed="a file beside its variant.json",
+            )
+        return None
+    try:
+        same = read_entry(folder).variant.sha256 == sha256_of(file)
+    except Problem:
+        same = False
+    if not same and save:
+        raise InputError("variant.json beside the file speaks of another file", received=file)
+    if not same:
+        say("not stored: variant.json beside the file speaks of another file", style="yellow")
+    return folder if same else None
+
+
+def say_stage(message: dict) -> None:
+    """One line a stage and no live display: redrawing would take time from a core that is being measured."""
+    texts = {"load": "loading", "warm-up": "warming up", "timing": "timing {runs} runs"}
+    text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message)
+    if text:
+        say(text, style="dim")
+
+
+def say(text: str, style: str = "") -> None:
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def bar(label: str):
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bar()
+
+
+def print_json(value: dict) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
