@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from mobile_bench.cli_support import run_app
+from mobile_bench.commands.compare import compare, gate
 from mobile_bench.commands.evaluate import evaluate
 from mobile_bench.commands.run import run
 
@@ -20,6 +21,11 @@ How fast is it, and does it keep up with a camera of 30 frames a second?
 
     mobile-bench run model.tflite
 
+Which of two is faster, and may the new one replace the old one?
+
+    mobile-bench compare old.tflite new.tflite
+    mobile-bench gate new.tflite --against old.tflite --sample sample.npz
+
 Does it answer as well here as where it was made? (`tfopt` writes such samples.)
 
     mobile-bench evaluate model.tflite --sample sample.npz
@@ -32,7 +38,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, evaluate):
+for command in (run, compare, gate, evaluate):
     app.command()(command)
 
 

@@ -41,7 +41,7 @@ def measure(
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
-    _check_can_run(target)
+    check_can_run(target)
     facts = {"kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch}
     facts["run_id"] = uuid.uuid4().hex[:8]
     job = {
@@ -62,7 +62,8 @@ def measure(
     return Measurement(**facts, status="ok", **found)
 
 
-def _check_can_run(target: Target) -> None:
+def check_can_run(target: Target) -> None:
+    """Raise InputError for an accelerator or a runtime that is not there."""
     from mobile_bench.interpreter import RUNTIMES
 
     if target.accelerator != "cpu":

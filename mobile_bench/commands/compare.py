@@ -1,0 +1,185 @@
+"""`mobile-bench compare` and `mobile-bench gate`: is one file faster than another, and may it replace it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobile_bench.commands.shared import File, Json, Runtime, Spec, bar, ms, print_json, say, table
+from mobile_bench.errors import InputError
+
+Threads = Annotated[int, typer.Option(help="Threads the runtime may use")]
+Seconds = Annotated[float, typer.Option(help="How long to measure, process starts included")]
+Batch = Annotated[int, typer.Option(help="Images per inference")]
+Seed = Annotated[int, typer.Option(help="Seed of the random input")]
+
+
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(help="Two files or more; each is set against the first", show_default=False)
+    ],
+    threads: Threads = 1,
+    seconds: Seconds = 20.0,
+    rounds: Annotated[int, typer.Option(help="Fresh processes, 6 or more")] = 12,
+    level: Annotated[
+        float, typer.Option(help="The chance of a verdict where there is no difference, for the whole comparison")
+    ] = 0.02,
+    runtime: Runtime = "auto",
+    batch: Batch = 1,
+    seed: Seed = 0,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option(help="Write everything, raw samples too, to this JSON file", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which file is faster, or that it cannot be told.
+
+    The files take turns of a few milliseconds in one process, in random order, and that in a dozen fresh
+    processes; the interval of the ratio rests on the processes.
+
+        mobile-bench compare float32.tflite int8.tflite
+
+    Exit code 0 whatever the verdict; 1: a process crashed; 2: a file or an option cannot be used.
+    """
+    from mobile_bench.files import write_json
+    from mobile_bench.records import SCHEMA_VERSION
+
+    found = _compare(files, threads, runtime, seconds, rounds, level, batch, seed)
+    if out:
+        write_json(out, {"schema_version": SCHEMA_VERSION, "files": [str(file) for file in files], **asdict(found)})
+        say(f"written to {out}")
+    if as_json:
+        facts = asdict(found)
+        del facts["blocks"]
+        print_json({"schema_version": SCHEMA_VERSION, "files": [str(file) for file in files], **facts})
+    else:
+        Console().print(_table(files, found))
+    for warning in found.warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
+def gate(
+    file: File,
+    against: Annotated[Path, typer.Option(help="The .tflite that is in use now", show_default=False)],
+    max_slower: Annotated[float, typer.Option(help="Allowed rise of the latency, in percent")] = 3.0,
+    max_larger: Annotated[float, typer.Option(help="Allowed rise of the file size, in percent")] = 1.0,
+    max_drop: Annotated[float, typer.Option(help="Allowed drop of the top-1 accuracy, in points")] = 0.5,
+    sample: Annotated[
+        Optional[Path],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option(help="An .npz of images and labels; without it accuracy is not judged", show_default=False),
+    ] = None,
+    input_spec: Spec = "",
+    threads: Threads = 1,
+    seconds: Seconds = 20.0,
+    runtime: Runtime = "auto",
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Judge whether a new file may replace the one in use: latency, size and accuracy, for your CI.
+
+        mobile-bench gate new.tflite --against shipped.tflite --sample sample.npz
+
+    Exit code 0: ACCEPT; 1: REGRESSION; 2: a file or an option cannot be used; 3: ANOMALOUS, it cannot be told
+    (too noisy, too few images, or a file crashed).
+    """
+    from mobile_bench import gate as gates
+    from mobile_bench.errors import JobFailed, ModelRefused
+    from mobile_bench.evaluate import read_sample
+    from mobile_bench.interpreter import check_is_tflite
+    from mobile_bench.records import SCHEMA_VERSION
+
+    limits = gates.Limits(max_slower / 100, max_larger / 100, max_drop)
+    for path in (file, against):
+        check_is_tflite(path)
+    if sample:
+        read_sample(sample)
+    elif input_spec.strip():
+        raise InputError("--input-spec is for accuracy", received=input_spec, next_step="Add --sample sample.npz")
+    checks = [gates.judge_size(file.stat().st_size, against.stat().st_size, limits.larger)]
+    if sample:
+        checks.append(_accuracy(file, against, sample, input_spec, runtime, limits.points))
+    try:
+        found = _compare([against, file], threads, runtime, seconds, 12, 0.02, batch, seed)
+        checks.append(gates.judge_latency(found.verdicts[0], limits.slower))
+    except (JobFailed, ModelRefused) as failure:
+        found = None
+        checks.append(gates.Check("latency", gates.ANOMALOUS, str(failure)))
+    verdict = gates.overall(checks)
+    if as_json:
+        print_json(
+            {"schema_version": SCHEMA_VERSION, "verdict": verdict, "checks": [asdict(check) for check in checks]}
+        )
+    else:
+        rows = {check.name.capitalize(): f"{check.verdict}: {check.text}" for check in checks}
+        Console().print(table(f"{verdict}: {file} against {against}", rows))
+    for warning in found.warnings if found else ():
+        say(f"warning: {warning}", style="yellow")
+    raise typer.Exit(gates.EXIT_CODES[verdict])
+
+
+def _compare(files, threads: int, runtime: str, seconds: float, rounds: int, level: float, batch: int, seed: int):
+    from mobile_bench.compare import compare as compare_files
+    from mobile_bench.interpreter import check_is_tflite
+    from mobile_bench.metadata import recorded_spec
+    from mobile_bench.records import Target
+
+    for file in files:
+        check_is_tflite(file)
+    with bar("comparing") as progress:
+
+        def relay(message: dict) -> None:
+            if message.get("stage") == "round":
+                progress(message["done"], message["total"])
+            elif message.get("text"):
+                say(message["text"], style="dim")
+
+        return compare_files(
+            files, Target(threads=threads, runtime=runtime), seconds=seconds, rounds=rounds, level=level,
+            batch=batch, seed=seed, specs=[recorded_spec(file) for file in files], on_progress=relay,
+        )  # fmt: skip
+
+
+def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, runtime: str, points: float):
+    from mobile_bench import gate as gates
+    from mobile_bench.errors import JobFailed
+    from mobile_bench.evaluate import evaluate_apart, read_sample
+    from mobile_bench.metadata import find_spec
+
+    images, labels = read_sample(sample)
+    answers = []
+    for path in (file, against):
+        spec = find_spec(path, input_spec, shape=images.shape[1:])
+        try:
+            with bar(f"evaluating {path.name}") as progress:
+                found = evaluate_apart(path, sample, spec, runtime=runtime, progress=progress)
+        except JobFailed as failure:
+            return gates.Check("accuracy", gates.ANOMALOUS, str(failure))
+        answers.append(found.predictions)
+    return gates.judge_accuracy(*answers, labels, points)
+
+
+def _table(files: list[Path], found) -> Table:
+    title = f"Against {files[0]} ({ms(found.verdicts[0].reference_ms)})"
+    shown = Table(title=title, title_justify="left")
+    for name in ("File", "Verdict", "Median", "Ratio", f"{found.verdicts[0].confidence:.1%} interval"):
+        shown.add_column(name)
+    for file, verdict in zip(files[1:], found.verdicts):
+        words = {"faster": f"{1 / verdict.ratio:.3f}x faster", "slower": f"{verdict.ratio:.3f}x slower"}
+        shown.add_row(
+            str(file), words.get(verdict.verdict, verdict.verdict), ms(verdict.median_ms), f"{verdict.ratio:.4f}",
+            f"{verdict.low:.4f} to {verdict.high:.4f}",
+        )  # fmt: skip
+    device = found.device
+    shown.caption = (
+        f"{found.rounds} processes, {found.turns} turns in {found.seconds:.1f} s, {found.target.threads} thread(s), "
+        f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}"
+    )
+    shown.caption_justify = "left"
+    return shown

@@ -1,0 +1,207 @@
+"""Which file is faster: the statistics on data with a known answer, and the real thing on real files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mobile_bench import compare as comparing
+from mobile_bench import gate, interleave
+from mobile_bench.compare import compare, verdicts_of
+from mobile_bench.errors import InputError, JobFailed, ModelRefused
+from mobile_bench.inputs import InputSpec
+from mobile_bench.records import Target
+from mobile_bench.stats import ratio_interval
+
+SPEC = InputSpec(12, 12, 3)
+
+
+@pytest.fixture(autouse=True)
+def own_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bench(run_python):
+    return lambda *args, **options: run_python("-m", "mobile_bench", *args, **options)
+
+
+def rounds_of(ratio: float, spread: float, *, rounds: int = 12, turns: int = 20, seed: int = 0):
+    """Blocks of two files of which the second takes `ratio` times as long, on a machine that drifts."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(rounds):
+        own = ratio * np.exp(random.normal(0, spread))
+        drift = np.exp(np.cumsum(random.normal(0, 0.05, turns)))
+        made.append([[[d * random.gamma(2500) / 2500] * 3, [own * d * random.gamma(2500) / 2500] * 3] for d in drift])
+    return made
+
+
+def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says():
+    random = np.random.default_rng(3)
+    missed = 0
+    for _ in range(600):
+        low, high = ratio_interval(random.normal(np.log(1.1), 0.02, 12), 0.9)
+        missed += not low <= 1.1 <= high
+    assert 0.06 < missed / 600 < 0.14
+
+
+def test_the_interval_of_a_ratio_is_the_same_each_time_and_wider_at_a_higher_confidence():
+    logs = np.random.default_rng(0).normal(0, 0.01, 10)
+    narrow, wide = ratio_interval(logs, 0.8), ratio_interval(logs, 0.98)
+    assert narrow == ratio_interval(logs, 0.8)
+    assert wide[0] < narrow[0] < np.exp(logs.mean()) < narrow[1] < wide[1]
+    assert ratio_interval([0.1] * 6) == pytest.approx((np.exp(0.1),) * 2)
+    for logs in ([0.1] * 5, [0.0] * 5 + [np.nan]):
+        with pytest.raises(InputError, match="6 finite rounds"):
+            ratio_interval(logs)
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.03, "slower"), (0.97, "faster"), (1.0, "cannot tell")])
+def test_a_difference_is_found_through_drift_that_is_larger_than_it(ratio, verdict):
+    (found,) = verdicts_of(rounds_of(ratio, 0.005), ["a", "b"])
+    assert found.verdict == verdict and found.low <= ratio <= found.high
+    assert len(found.round_ratios) == 12 and found.sha256 == "b"
+
+
+def test_a_noisy_comparison_says_that_it_cannot_tell():
+    (found,) = verdicts_of(rounds_of(1.03, 0.2), ["a", "b"])
+    assert found.verdict == "cannot tell" and found.high - found.low > 0.1
+
+
+def test_the_level_is_shared_out_over_the_files():
+    rounds = [[[[1.0], [1.0 + 0.001 * (r % 3)], [1.0]] for _ in range(3)] for r in range(6)]
+    assert [v.confidence for v in verdicts_of(rounds, ["a", "b", "c"], 0.02)] == [0.99, 0.99]
+
+
+def test_a_comparison_keeps_every_sample(tiny):
+    found = compare([tiny.path("float32")] * 2, seconds=4, rounds=6, specs=[SPEC, SPEC])
+    (verdict,) = found.verdicts
+    assert 0.5 < verdict.ratio < 2 and verdict.low < verdict.high
+    assert found.rounds == len(found.blocks) == 6 and found.turns == sum(map(len, found.blocks))
+    assert found.device["runtime"] and all(len(turn) == 2 for turns in found.blocks for turn in turns)
+
+
+def test_a_batch_is_really_more_work(tiny):
+    """The same file at batch 1 and 256 in one worker: the blocks must show it."""
+    said = []
+    job = {
+        "tflites": 1, "tflite_0": str(tiny.path("float32")), "specs": [SPEC.to_dict()], "threads": 1,
+        "runtime": "auto", "seed": 0, "order_seed": 1, "seconds": 0.05,
+    }  # fmt: skip
+    one, many = (
+        interleave.time_in_turns({**job, "batch": batch}, lambda kind, **facts: said.append(facts))
+        for batch in (1, 256)
+    )
+    assert np.median(many["blocks"][0][0]) > 5 * np.median(one["blocks"][0][0])
+    assert [facts["stage"] for facts in said[:3]] == ["load", "warm-up", "timing in turns"]
+
+
+def test_blocks_last_milliseconds_and_a_short_run_is_preceded_by_one_unseen():
+    assert interleave.block_of(0.05) == (80, 1)
+    assert interleave.block_of(3.0) == (2, 1)
+    assert interleave.block_of(50.0) == (1, 0)
+
+
+def test_what_makes_no_sense_is_refused(tiny, tmp_path):
+    files = [tiny.path("float32")] * 2
+    for options, word in (({"rounds": 3}, "rounds"), ({"seconds": 0}, "seconds"), ({"level": 0}, "level")):
+        with pytest.raises(InputError, match=word):
+            compare(files, **options)
+    with pytest.raises(InputError, match="two files"):
+        compare(files[:1])
+    with pytest.raises(InputError, match="cannot be read"):
+        compare([files[0], tmp_path / "none.tflite"])
+    with pytest.raises(InputError, match="CPU only"):
+        compare(files, Target(accelerator="gpu"))
+    with pytest.raises(ModelRefused, match="truncated"):
+        compare([files[0], tiny.path("truncated")])
+    with pytest.raises(JobFailed, match="SIG"):
+        compare([files[0], tiny.path("self_calling")])
+
+
+def test_rounds_of_two_machines_are_not_mixed():
+    answers = [{"device": {"cpu": cpu, "runtime": "r", "runtime_version": "1"}} for cpu in ("A53", "A72")]
+    with pytest.raises(JobFailed, match="different machines"):
+        comparing._check_same_machine(answers)
+    comparing._check_same_machine(answers[:1] * 2)
+
+
+def verdict(low, high):
+    return comparing.Verdict("s", (low * high) ** 0.5, low, high, 0.98, "", 1.0, 1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(0.9, 1.02, gate.ACCEPT), (1.04, 1.1, gate.REGRESSION), (1.01, 1.05, gate.ANOMALOUS), (0.8, 1.4, gate.ANOMALOUS)],
+)
+def test_latency_is_judged_by_its_whole_interval(low, high, says):
+    assert gate.judge_latency(verdict(low, high), 0.03).verdict == says
+
+
+def test_size_is_a_fact():
+    assert gate.judge_size(101, 100, 0.01).verdict == gate.ACCEPT
+    assert gate.judge_size(102, 100, 0.01).verdict == gate.REGRESSION
+
+
+def test_accuracy_is_judged_by_the_images_on_which_they_differ():
+    labels = np.zeros(1000, int)
+    old = labels.copy()
+    worse, unlucky = labels.copy(), labels.copy()
+    worse[:40], unlucky[:2] = 1, 1
+    assert gate.judge_accuracy(worse, old, labels, 0.5).verdict == gate.REGRESSION
+    assert gate.judge_accuracy(unlucky, old, labels, 0.5).verdict == gate.ACCEPT
+    few = gate.judge_accuracy(unlucky[:20], old[:20], labels[:20], 0.5)
+    assert few.verdict == gate.ANOMALOUS and "more images" in few.text
+    assert gate.judge_accuracy(old, worse, labels, 0.0).verdict == gate.ACCEPT
+    assert gate.sign_test(3, 0) == 0.125 and gate.sign_test(0, 0) == 1.0
+
+
+def test_a_regression_outweighs_a_doubt():
+    checks = [gate.Check("x", v, "") for v in (gate.ACCEPT, gate.ANOMALOUS, gate.REGRESSION)]
+    assert gate.overall(checks) == gate.REGRESSION
+    assert gate.overall(checks[:2]) == gate.ANOMALOUS and gate.overall(checks[:1]) == gate.ACCEPT
+
+
+def test_the_compare_command(bench, tiny, tmp_path):
+    files = [tiny.path("float32"), tiny.path("int8"), tiny.path("float16")]
+    done = bench("compare", *files, "--seconds", 3, "--rounds", 6, "--out", tmp_path / "raw.json")
+    assert done.returncode == 0, done.stderr
+    assert "99.0% interval" in done.stdout and "6 processes" in done.stdout
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert len(raw["blocks"]) == 6 and len(raw["verdicts"]) == 2 and raw["schema_version"]
+    done = bench("compare", *files[:2], "--seconds", 3, "--rounds", 6, "--json")
+    assert json.loads(done.stdout)["verdicts"][0]["verdict"] in ("faster", "slower", "cannot tell")
+
+
+def test_the_gate_by_exit_code(bench, tiny, tmp_path):
+    old = tiny.path("float32")
+    grown = tmp_path / "grown.tflite"
+    grown.write_bytes(old.read_bytes() + bytes(4 * old.stat().st_size))
+    done = bench("gate", grown, "--against", old, "--seconds", 3, "--max-slower", 900)
+    assert done.returncode == 1 and "REGRESSION" in done.stdout, done.stderr
+    done = bench("gate", old, "--against", old, "--seconds", 3, "--max-slower", 900, "--sample", tiny.sample,
+                 "--input-spec", "scaling=signed", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "ACCEPT" and [c["name"] for c in found["checks"]] == ["size", "accuracy", "latency"]
+    done = bench("gate", tiny.path("self_calling"), "--against", old, "--seconds", 3, "--max-larger", 900)
+    assert done.returncode == 3 and "ANOMALOUS" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["gate", "{text}", "--against", "{float32}"], ["not a TensorFlow Lite file"]),
+        (["gate", "{float32}", "--against", "{float32}", "--max-slower", "-1"], ["slower", "0 to 10"]),
+        (["gate", "{float32}", "--against", "{float32}", "--input-spec", "scaling=unit"], ["--sample"]),
+        (["compare", "{float32}"], ["two files"]),
+        (["compare", "{float32}", "{float32}", "--rounds", "2"], ["rounds", "6 to"]),
+        (["compare", "{float32}", "/nowhere.tflite"], ["cannot be read"]),
+    ],
+)
+def test_bad_input_is_one_clear_error(bench, tiny, args, words):
+    done = bench(*(arg.format(float32=tiny.path("float32"), text=tiny.path("text")) for arg in args))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in " ".join(done.stderr.split())
