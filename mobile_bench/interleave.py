@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobile_bench import device
+from mobile_bench import device, trust
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, load_runtime, open_model
 from mobile_bench.jobs import serve
-from mobile_bench.worker import STEADY_RUNS, random_inputs, time_runs, trust_warnings, warm_up
+from mobile_bench.worker import STEADY_CHANGE, STEADY_RUNS, random_inputs, time_runs, warm_up
 
 #: A block is long enough for a clock read to vanish in it and short enough for many turns a second.
 BLOCK_MS = 4.0
@@ -55,22 +55,21 @@ def time_in_turns(job: dict, emit: Callable[..., None]) -> dict:
     runs, cold = zip(*(block_of(statistics.median(times_ms[-STEADY_RUNS:])) for times_ms, _ in warm))
     emit("progress", stage="timing in turns")
     blocks: list[list[list[float]]] = []
-    end = time.perf_counter() + job["seconds"]
+    before, end = trust.read_state(), time.perf_counter() + job["seconds"]
     while len(blocks) < MIN_TURNS or time.perf_counter() < end:
         turn: list[list[float]] = [[]] * len(models)
         for index in order.permutation(len(models)):
             turn[index] = time_runs(models[index], cold[index] + runs[index])[cold[index] :]
         blocks.append(turn)
-    steady = all(settled for _, settled in warm)
+    during = trust.between(before, trust.read_state())
+    steady, warmup_runs = all(settled for _, settled in warm), max(len(times_ms) for times_ms, _ in warm)
+    runtime = models[0].runtime
     return {
         "blocks": blocks,
-        "device": {**facts, "runtime": models[0].runtime.name, "runtime_version": models[0].runtime.version},
+        "device": {**facts, "runtime": runtime.name, "runtime_version": runtime.version, "during": during},
         "load_average": load_average,
-        "warnings": trust_warnings(
-            facts["cores"], load_average, job["threads"], facts.get("governor", ""), steady,
-            max(len(times_ms) for times_ms, _ in warm),
-        ),
-    }  # fmt: skip
+        "warnings": trust.warnings_of(facts, load_average, job["threads"], during, steady, warmup_runs, STEADY_CHANGE),
+    }
 
 
 def block_of(typical_ms: float) -> tuple[int, int]:

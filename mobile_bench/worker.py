@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobile_bench import device
+from mobile_bench import device, trust
 from mobile_bench.errors import ModelRefused
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, load_runtime, open_model, quantize
@@ -56,10 +56,10 @@ def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
     warmup_ms, steady = warm_up(model)
     runs = planned_runs(statistics.median(warmup_ms[-STEADY_RUNS:]), job["runs"], job["max_runs"])
     emit("progress", stage="timing", runs=runs)
+    before = trust.read_state()
     latency_ms = time_runs(model, runs)
-    warnings = trust_warnings(
-        facts["cores"], load_average, job["threads"], facts.get("governor", ""), steady, len(warmup_ms)
-    )
+    during = trust.between(before, trust.read_state())
+    warnings = trust.warnings_of(facts, load_average, job["threads"], during, steady, len(warmup_ms), STEADY_CHANGE)
     return {
         "load_ms": load_ms,
         "first_inference_ms": first_inference_ms,
@@ -68,7 +68,12 @@ def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
         "input_shape": model.inputs[0].shape if model.inputs else (),
         "peak_rss_bytes": device.peak_rss_bytes(),
         "base_rss_bytes": base_rss_bytes,
-        "device": {**facts, "runtime": model.runtime.name, "runtime_version": model.runtime.version},
+        "device": {
+            **facts,
+            "runtime": model.runtime.name,
+            "runtime_version": model.runtime.version,
+            "during": during,
+        },
         "load_average": load_average,
         "warnings": warnings,
     }
@@ -140,32 +145,6 @@ def time_runs(model: Model, runs: int) -> list[float]:
         invoke()
         times_ns[index] = clock() - started
     return [nanoseconds / 1e6 for nanoseconds in times_ns]
-
-
-def trust_warnings(
-    cores: int, load_average: float | None, threads: int, governor: str, steady: bool, warmup_runs: int
-) -> list[str]:
-    """What makes this measurement doubtful, each with its number, the threshold and what to do."""
-    found = []
-    free = cores - threads
-    if load_average is not None and load_average > free + 0.5:
-        found.append(
-            f"the load average was {load_average:.1f} with {threads} thread(s) on {cores} cores (above "
-            f"{free + 0.5:g}): other work shares the processor; end it and measure again"
-        )
-    if threads > cores:
-        found.append(f"{threads} threads on {cores} cores wait for each other; measure with --threads {cores}")
-    if governor in ("powersave", "ondemand", "conservative"):
-        found.append(
-            f"the CPU governor is {governor!r}, not 'performance': the frequency varies; "
-            "set it with: cpupower frequency-set -g performance"
-        )
-    if not steady:
-        found.append(
-            f"after {warmup_runs} warm-up runs the times still changed by more than {STEADY_CHANGE:.0%}: "
-            "other work or a changing frequency; measure again on a quiet machine"
-        )
-    return found
 
 
 def _since_ms(started_ns: int) -> float:

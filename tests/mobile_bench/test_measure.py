@@ -199,25 +199,6 @@ def test_planned_runs_fill_a_second_within_limits():
     assert worker.planned_runs(typical_ms=0.05, runs=5000, max_runs=1000) == 5000
 
 
-def test_warnings_carry_the_number_and_what_to_do():
-    quiet = {
-        "cores": 4,
-        "load_average": 0.2,
-        "threads": 1,
-        "governor": "performance",
-        "steady": True,
-        "warmup_runs": 20,
-    }
-    assert worker.trust_warnings(**quiet) == []
-    for change, words in (
-        ({"load_average": 6.1}, "load average was 6.1"),
-        ({"threads": 8}, "--threads 4"),
-        ({"governor": "powersave"}, "cpupower"),
-        ({"steady": False}, "20 warm-up runs"),
-    ):
-        assert any(words in text for text in worker.trust_warnings(**{**quiet, **change}))
-
-
 def test_an_input_that_cannot_be_made_up_is_refused(tiny):
     model = open_model(tiny.path("float32"))
     model.inputs = (type(model.inputs[0])("text", (1,), "str"),)
