@@ -8,6 +8,7 @@ from mobile_bench.cli_support import run_app
 from mobile_bench.commands.compare import compare, gate
 from mobile_bench.commands.evaluate import evaluate
 from mobile_bench.commands.run import run
+from mobile_bench.commands.sweep import sweep
 
 app = typer.Typer(
     name="mobile-bench",
@@ -38,7 +39,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, compare, gate, evaluate):
+for command in (run, compare, gate, sweep, evaluate):
     app.command()(command)
 
 

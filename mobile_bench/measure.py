@@ -20,7 +20,7 @@ _LOCAL = Target()
 def measure(
     tflite: str | Path, target: Target = _LOCAL, *, batch: int = 1, runs: int = 50, max_runs: int = 1000,
     spec: InputSpec | None = None, seed: int = 0, on_progress: OnProgress | None = None,
-    timeout_s: float = 900, wait_s: float = 3600,
+    timeout_s: float = 900, wait_s: float = 3600, kind: str = "latency",
 ) -> Measurement:  # fmt: skip
     """Time the inference of one file on one target.
 
@@ -29,7 +29,7 @@ def measure(
     for a fast model until they fill a second, never more than the larger of `runs` and `max_runs`. Each
     sample is one call of the runtime's invoke on `batch` images, by time.perf_counter_ns: the input is
     in place before the clock starts, and the output is not read. Inputs are random, the same for the
-    same seed, scaled by `spec` where it fits.
+    same seed, scaled by `spec` where it fits. kind: 'latency', or 'sweep' for a point of one.
 
     A file that the runtime refuses gives a Measurement of status 'refused', a crash or a passed
     timeout_s one of status 'failed', each with its reason. InputError is raised for what makes no sense
@@ -42,7 +42,7 @@ def measure(
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     check_can_run(target)
-    facts = {"kind": "latency", "sha256": sha256_of(tflite), "target": target, "batch": batch}
+    facts = {"kind": kind, "sha256": sha256_of(tflite), "target": target, "batch": batch}
     facts["run_id"] = uuid.uuid4().hex[:8]
     job = {
         "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": runs,

@@ -21,7 +21,8 @@ class Summary:
     """One measurement in numbers. Times in milliseconds per inference (of `batch` images).
 
     median_low_ms and median_high_ms: the 95% interval of the median *within this run*; another process
-    or another day can differ by more. spread: (p75 - p25) / median. fps: images per second at the median.
+    or another day can differ by more. spread: (p75 - p25) / median. outliers: samples above p75 by more than
+    1.5 (p75 - p25), as in Tukey 1977. fps: images per second at the median.
     """
 
     samples: int
@@ -29,10 +30,12 @@ class Summary:
     median_low_ms: float
     median_high_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
     min_ms: float
     max_ms: float
     spread: float
+    outliers: int
     fps: float
 
     def meets(self, deadline_ms: float) -> bool:
@@ -47,17 +50,19 @@ def summarize(measurement: Measurement) -> Summary | None:
     latency_ms = np.asarray(measurement.latency_ms)
     median = float(np.median(latency_ms))
     low, high = median_interval(latency_ms)
-    p25, p75, p90, p99 = percentiles(latency_ms, (25, 75, 90, 99))
+    p25, p75, p90, p95, p99 = percentiles(latency_ms, (25, 75, 90, 95, 99))
     return Summary(
         samples=len(latency_ms),
         median_ms=median,
         median_low_ms=low,
         median_high_ms=high,
         p90_ms=p90,
+        p95_ms=p95,
         p99_ms=p99,
         min_ms=float(latency_ms.min()),
         max_ms=float(latency_ms.max()),
         spread=(p75 - p25) / median if median else 0.0,
+        outliers=int(np.sum(latency_ms > p75 + 1.5 * (p75 - p25))),
         fps=1000 * measurement.batch / median if median else math.inf,
     )
 

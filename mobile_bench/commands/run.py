@@ -105,8 +105,9 @@ def _run_table(file: Path, measurement, summary, deadline_fps: float) -> Table:
     target, device = measurement.target, measurement.device
     rows = {
         "Median": f"{ms(summary.median_ms)} (95% interval {ms(summary.median_low_ms)} to {ms(summary.median_high_ms)})",
-        "p90": ms(summary.p90_ms),
-        "p99": ms(summary.p99_ms),
+        "p90, p95, p99": f"{ms(summary.p90_ms)}, {ms(summary.p95_ms)}, {ms(summary.p99_ms)}",
+        "Spread": f"{summary.spread:.1%} of the median between the quartiles, {summary.outliers} of "
+        f"{summary.samples} runs far above",
         "Load": ms(measurement.load_ms),
         "First inference": ms(measurement.first_inference_ms),
         "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",

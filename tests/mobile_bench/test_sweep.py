@@ -1,0 +1,58 @@
+"""How a file scales: each combination measured for itself, in the order asked."""
+
+import json
+
+import pytest
+
+from mobile_bench.commands.sweep import _counts
+from mobile_bench.errors import InputError
+
+
+@pytest.fixture
+def sweep(run_python, tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    return lambda *args: run_python("-m", "mobile_bench", "sweep", *args, environment=environment)
+
+
+def test_every_combination_is_measured(sweep, tiny):
+    done = sweep(tiny.path("int8"), "--threads", "1,2", "--batch", "1,8", "--json")
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)["points"]
+    settings = [(p["measurement"]["batch"], p["measurement"]["target"]["threads"]) for p in points]
+    assert settings == [(1, 1), (1, 2), (8, 1), (8, 2)]
+    for point in points:
+        measurement, summary = point["measurement"], point["summary"]
+        assert measurement["kind"] == "sweep" and measurement["input_shape"][0] == measurement["batch"]
+        assert summary["fps"] == pytest.approx(1000 * measurement["batch"] / summary["median_ms"])
+
+
+def test_a_person_sees_throughput_and_what_it_costs(sweep, tiny):
+    done = sweep(tiny.path("float32"), "--threads", "1", "--batch", "1,16")
+    assert done.returncode == 0, done.stderr
+    for word in ("Images/s", "1.00x", "Peak memory", "core(s)"):
+        assert word in done.stdout
+
+
+def test_a_point_that_fails_is_a_row_with_its_reason(sweep, tiny):
+    done = sweep(tiny.path("self_calling"), "--threads", "1", "--batch", "1")
+    assert done.returncode == 1 and "failed" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,2", "a", "-1", "1.5", "1;2", "9999"])
+def test_counts_are_checked(text):
+    with pytest.raises(InputError, match="not a list of counts"):
+        _counts("threads", text, 256)
+
+
+def test_counts_come_once_each_in_order():
+    assert _counts("batch", "4, 1,4", 9) == [4, 1]
+
+
+def test_bad_input_is_one_clear_error(sweep, tiny):
+    for args, words in (
+        ((tiny.path("text"),), "not a TensorFlow Lite file"),
+        ((tiny.path("int8"), "--threads", "0"), "1 to 256"),
+        ((tiny.path("int8"), "--batch", ",".join(map(str, range(1, 65)))), "up to 64"),
+    ):
+        done = sweep(*args)
+        assert done.returncode == 2 and words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
