@@ -102,9 +102,10 @@ def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tup
     """The interval of a ratio from the logarithms of paired ratios, one an independent round.
 
     The bootstrap-t of the mean (Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5):
-    rounds are resampled, and each resample's mean is judged by its own standard error. With a dozen rounds
-    the plain percentile bootstrap is too narrow; this one errs on the wide side. Below 6 rounds there is no
-    such interval and InputError is raised. The same logs give the same interval.
+    rounds are resampled, and each resample's mean is judged by its own standard error; it follows skew, which a
+    noisy machine brings. Student's interval, which bears rare extremes better, is joined to it: the wider side of
+    either counts. With a dozen rounds the plain percentile bootstrap is too narrow. Below 6 rounds InputError is
+    raised. The same logs give the same interval.
     """
     values = np.asarray(logs, float)
     count = len(values)
@@ -119,7 +120,17 @@ def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tup
     errors = np.maximum(errors, error / 10)
     tail = (1 - confidence) / 2
     low, high = np.quantile((drawn.mean(axis=1) - mean) / errors, (tail, 1 - tail))
-    return math.exp(mean - high * error), math.exp(mean - low * error)
+    student = student_quantile(1 - tail, count - 1)
+    return math.exp(mean - max(high, student) * error), math.exp(mean - min(low, -student) * error)
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t above the median, to 4 digits: 2.201 for (0.975, 11). By integrating its density."""
+    x = np.linspace(0, 200, 400_001)
+    density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    area = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    beyond = 200 * density[-1] / freedom / (x[1] - x[0])  # the tail falls as x^-(freedom + 1)
+    return float(np.interp((probability - 0.5) * 2 * (area[-1] + beyond), area, x))
 
 
 def wilson_interval(correct: int, images: int, confidence: float = CONFIDENCE) -> tuple[float, float]:

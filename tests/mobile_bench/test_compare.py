@@ -11,7 +11,7 @@ from mobile_bench.compare import compare, verdicts_of
 from mobile_bench.errors import InputError, JobFailed, ModelRefused
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import Target
-from mobile_bench.stats import ratio_interval
+from mobile_bench.stats import ratio_interval, student_quantile
 
 SPEC = InputSpec(12, 12, 3)
 
@@ -55,6 +55,13 @@ def test_the_interval_of_a_ratio_is_the_same_each_time_and_wider_at_a_higher_con
     for logs in ([0.1] * 5, [0.0] * 5 + [np.nan]):
         with pytest.raises(InputError, match="6 finite rounds"):
             ratio_interval(logs)
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "value"), [(0.975, 11, 2.2010), (0.99, 5, 3.3649), (0.95, 1, 6.3138), (0.99, 99, 2.3646)]
+)
+def test_students_quantiles_are_those_of_the_tables(probability, freedom, value):
+    assert student_quantile(probability, freedom) == pytest.approx(value, abs=6e-4)
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.03, "slower"), (0.97, "faster"), (1.0, "cannot tell")])
