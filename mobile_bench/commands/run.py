@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -13,7 +13,6 @@ from rich.table import Table
 from mobile_bench.commands.shared import (
     File,
     Json,
-    Runtime,
     Spec,
     ms,
     print_json,
@@ -27,12 +26,29 @@ from mobile_bench.errors import InputError
 
 def run(
     file: File,
-    threads: Annotated[int, typer.Option(help="Threads the runtime may use")] = 1,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option(help="Threads the runtime may use [default: the inventory's, or 1]", show_default=False),
+    ] = None,
     runs: Annotated[
         int, typer.Option(help="Timed inferences, at least; a fast model gets up to 1,000 in a second")
     ] = 50,
-    runtime: Runtime = "auto",
-    target: Annotated[str, typer.Option(help="Where to measure; this version knows 'local'")] = "local",
+    runtime: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="auto, ai-edge-litert or tflite-runtime [default: the inventory's, or auto]"),
+    ] = None,
+    target: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Where to measure: local, ssh://user@host, adb:SERIAL, or a name in targets.toml; several run at "
+            "the same time [default: local]",
+            show_default=False,
+        ),
+    ] = None,
+    inventory: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A TOML file of targets [default: targets.toml here, if there]", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images per inference")] = 1,
     deadline_fps: Annotated[float, typer.Option(help="Frames per second to keep up with")] = 30.0,
     input_spec: Spec = "",
@@ -56,49 +72,60 @@ def run(
 
         mobile-bench run model.tflite --json | jq .summary.median_ms
 
-    Exit code 0: measured; 1: the worker crashed or took too long; 2: the file or an option cannot be used.
+    On this machine and on a board at the same time:
+
+        mobile-bench run model.tflite --target local --target ssh://pi@raspberry.local
+
+    Exit code 0: measured; 1: a worker crashed, took too long or could not be reached; 2: the file or an option
+    cannot be used.
     """
     from mobile_bench import records, stats
     from mobile_bench.inputs import InputSpec, override
-    from mobile_bench.measure import measure
+    from mobile_bench.measure import measure_on
     from mobile_bench.metadata import recorded_spec
+    from mobile_bench.targets import find_places
 
     if not deadline_fps > 0:
         raise InputError("The deadline is not a positive number of frames per second", received=deadline_fps)
-    if target != "local":
-        raise InputError("This version measures on this machine only", received=f"--target {target}", allowed="local")
+    given = {k: v for k, v in {"threads": threads, "runtime": runtime}.items() if v is not None}
+    places = [replace(p, target=replace(p.target, **given)) for p in find_places(target or ["local"], inventory)]
     folder = variant_folder(file, save)
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    measurement = measure(
-        file, records.Target(threads=threads, runtime=runtime), batch=batch, runs=runs, spec=spec, seed=seed,
-        on_progress=say_stage,
-    )  # fmt: skip
+
+    def relay(place, message: dict) -> None:
+        say_stage(message, f"{place.name}: " if len(places) > 1 else "")
+
+    measurements = measure_on(places, file, batch=batch, runs=runs, spec=spec, seed=seed, on_progress=relay)
     if folder:
         from mobile_bench.store import write_measurement
 
-        say(f"stored in {write_measurement(folder, measurement)}")
-    summary = stats.summarize(measurement)
+        for measurement in measurements:
+            say(f"stored in {write_measurement(folder, measurement)}")
+    summaries = [stats.summarize(measurement) for measurement in measurements]
     if as_json:
-        print_json(
-            {
-                "schema_version": records.SCHEMA_VERSION,
-                "measurement": records.to_dict(measurement),
-                "summary": asdict(summary) if summary else None,
-            }
-        )
-    if measurement.status != "ok":
-        label = "refused" if measurement.status == "refused" else "the measurement failed"
-        say(f"{label}: {measurement.reason}", style="bold red")
-        raise typer.Exit(2 if measurement.status == "refused" else 1)
-    if not as_json:
-        Console().print(_run_table(file, measurement, summary, deadline_fps))
-    for warning in measurement.warnings:
-        say(f"warning: {warning}", style="yellow")
+        found = [
+            {"measurement": records.to_dict(m), "summary": asdict(s) if s else None}
+            for m, s in zip(measurements, summaries)
+        ]
+        answer = found[0] if len(found) == 1 else {"measurements": found}
+        print_json({"schema_version": records.SCHEMA_VERSION, **answer})
+    for place, measurement, summary in zip(places, measurements, summaries):
+        prefix = f"{place.name}: " if len(places) > 1 else ""
+        if not summary:
+            label = "refused" if measurement.status == "refused" else "the measurement failed"
+            say(f"{prefix}{label}: {measurement.reason}", style="bold red")
+        elif not as_json:
+            Console().print(_run_table(f"{prefix}{file}", measurement, summary, deadline_fps))
+        for warning in measurement.warnings:
+            say(f"warning: {prefix}{warning}", style="yellow")
+    statuses = {measurement.status for measurement in measurements}
+    if statuses != {"ok"}:
+        raise typer.Exit(1 if "failed" in statuses else 2)
 
 
-def _run_table(file: Path, measurement, summary, deadline_fps: float) -> Table:
+def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
     deadline_ms = 1000 / deadline_fps
     verdict = "yes" if summary.meets(deadline_ms) else "NO"
     mib = lambda count: "unknown" if count is None else f"{count / 2**20:.1f} MiB"
@@ -108,12 +135,12 @@ def _run_table(file: Path, measurement, summary, deadline_fps: float) -> Table:
         "p90, p95, p99": f"{ms(summary.p90_ms)}, {ms(summary.p95_ms)}, {ms(summary.p99_ms)}",
         "Spread": f"{summary.spread:.1%} of the median between the quartiles, {summary.outliers} of "
         f"{summary.samples} runs far above",
-        "Load": ms(measurement.load_ms),
-        "First inference": ms(measurement.first_inference_ms),
+        "Load": "unknown" if measurement.load_ms is None else ms(measurement.load_ms),
+        "First inference": "unknown" if measurement.first_inference_ms is None else ms(measurement.first_inference_ms),
         "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
         "Frames per second": f"{summary.fps:,.1f}",
         f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {ms(summary.p90_ms)}, deadline {ms(deadline_ms)}",
         "Measured": f"{summary.samples} runs of {measurement.batch} image(s), {target.threads} thread(s), "
         f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}",
     }
-    return table(str(file), rows)
+    return table(title, rows)

@@ -72,12 +72,12 @@ def variant_folder(file: Path, save: bool | None) -> Path | None:
     return folder if same else None
 
 
-def say_stage(message: dict) -> None:
+def say_stage(message: dict, prefix: str = "") -> None:
     """One line a stage and no live display: redrawing would take time from a core that is being measured."""
     texts = {"load": "loading", "warm-up": "warming up", "timing": "timing {runs} runs"}
     text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message)
     if text:
-        say(text, style="dim")
+        say(prefix + text, style="dim")
 
 
 def say(text: str, style: str = "") -> None:

@@ -1,5 +1,7 @@
 """Which device is meant: URLs, inventories, and what is wrong with them."""
 
+import json
+
 import pytest
 
 from mobile_bench.errors import InputError
@@ -89,3 +91,43 @@ def test_an_unknown_name_shows_what_exists(tmp_path):
         find_places(["rasberry"])
     with pytest.raises(InputError, match="cannot be read"):
         find_places(["x"], tmp_path / "none.toml")
+
+
+def test_one_place_that_fails_does_not_stop_the_others(tiny, tmp_path, monkeypatch):
+    """A transport that cannot be reached beside this machine: two records, one with a reason."""
+    from mobile_bench import measure as measuring
+    from mobile_bench.errors import TransportError
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    class Unplugged:
+        place = "adb-gone"
+
+        def __enter__(self):
+            raise TransportError("The device went away")
+
+        def __exit__(self, *_): ...
+
+    real = measuring.transport_for
+    monkeypatch.setattr(
+        measuring, "transport_for", lambda target, c: Unplugged() if target.transport == "adb" else real(target, c)
+    )
+    said = []
+    found = measuring.measure_on(
+        find_places(["adb:gone", "local"]), tiny.path("float32"), max_runs=50,
+        on_progress=lambda place, message: said.append(place.name),
+    )  # fmt: skip
+    assert [m.status for m in found] == ["failed", "ok"] and "went away" in found[0].reason
+    assert set(said) == {"local"} and found[0].target.address == "gone"
+
+
+def test_the_command_measures_where_the_inventory_says(run_python, tiny, tmp_path):
+    path = inventory(tmp_path, "[targets.two]\nurl = 'local'\nthreads = 2")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ("-m", "mobile_bench", "run", tiny.path("int8"), "--inventory", path)
+    done = run_python(*command, "--target", "two", "--target", "local", "--json", environment=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["measurements"]
+    assert [m["measurement"]["target"]["threads"] for m in found] == [2, 1]
+    done = run_python(*command, "--target", "tow", environment=environment)
+    assert done.returncode == 2 and "Did you mean two" in done.stderr
