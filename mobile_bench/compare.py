@@ -28,6 +28,8 @@ from mobile_bench.stats import ratio_interval
 from mobile_bench.transports import transport_for
 
 LEVEL = 0.02
+#: Smaller differences come and go with the memory layout, and nobody ships or rejects a file for them.
+RESOLUTION = 0.002
 MIN_ROUNDS, ROUNDS = 6, 12
 _MIN_ROUND_S = 0.2
 _LOCAL = Target()
@@ -37,8 +39,9 @@ _LOCAL = Target()
 class Verdict:
     """How one file stands to the first: ratio of latencies (1.03: 3% slower) with its interval.
 
-    verdict: 'faster', 'slower' or 'cannot tell' (1 lies in the interval). medians_ms: of the file and of the
-    first one, over all rounds. round_ratios: one a round, the sample that the interval rests on.
+    verdict: 'faster' or 'slower' where the whole interval says so by more than RESOLUTION, else 'cannot tell'.
+    median_ms, reference_ms: of the file and of the first one, over all rounds. round_ratios: one a round, the
+    sample that the interval rests on.
     """
 
     sha256: str
@@ -126,7 +129,7 @@ def verdicts_of(rounds: Sequence, hashes: Sequence[str], level: float = LEVEL) -
     for index in range(1, len(hashes)):
         logs = [float(np.median(np.log(turns[:, index] / turns[:, 0]))) for turns in medians]
         low, high = ratio_interval(logs, confidence)
-        verdict = "slower" if low > 1 else "faster" if high < 1 else "cannot tell"
+        verdict = "slower" if low > 1 + RESOLUTION else "faster" if high < 1 - RESOLUTION else "cannot tell"
         made.append(
             Verdict(
                 hashes[index], math.exp(float(np.mean(logs))), low, high, confidence, verdict, float(whole[index]),

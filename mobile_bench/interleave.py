@@ -52,14 +52,14 @@ def time_in_turns(job: dict, emit: Callable[..., None]) -> dict:
     gc.disable()
     emit("progress", stage="warm-up")
     warm = [warm_up(model) for model in models]
-    runs, cold = zip(*(block_of(statistics.median(times_ms[-STEADY_RUNS:])) for times_ms, _ in warm))
+    runs, cold = block_of([statistics.median(times_ms[-STEADY_RUNS:]) for times_ms, _ in warm])
     emit("progress", stage="timing in turns")
     blocks: list[list[list[float]]] = []
     before, end = trust.read_state(), time.perf_counter() + job["seconds"]
     while len(blocks) < MIN_TURNS or time.perf_counter() < end:
         turn: list[list[float]] = [[]] * len(models)
         for index in order.permutation(len(models)):
-            turn[index] = time_runs(models[index], cold[index] + runs[index])[cold[index] :]
+            turn[index] = time_runs(models[index], cold + runs)[cold:]
         blocks.append(turn)
     during = trust.between(before, trust.read_state())
     steady, warmup_runs = all(settled for _, settled in warm), max(len(times_ms) for times_ms, _ in warm)
@@ -72,9 +72,13 @@ def time_in_turns(job: dict, emit: Callable[..., None]) -> dict:
     }
 
 
-def block_of(typical_ms: float) -> tuple[int, int]:
-    """How many runs of a file are timed in a block, and how many run before them unseen."""
-    return max(1, math.ceil(BLOCK_MS / max(typical_ms, 1e-6))), int(typical_ms < COLD_BELOW_MS)
+def block_of(typical_ms: list[float]) -> tuple[int, int]:
+    """How many runs of each file are timed in a block, and how many run before them unseen.
+
+    The same for all files: the median of two skewed samples is not that of three.
+    """
+    middle_ms = math.exp(statistics.fmean(math.log(max(ms, 1e-6)) for ms in typical_ms))
+    return max(1, math.ceil(BLOCK_MS / middle_ms)), int(middle_ms < COLD_BELOW_MS)
 
 
 if __name__ == "__main__":

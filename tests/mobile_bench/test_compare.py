@@ -64,6 +64,12 @@ def test_students_quantiles_are_those_of_the_tables(probability, freedom, value)
     assert student_quantile(probability, freedom) == pytest.approx(value, abs=6e-4)
 
 
+def test_a_difference_too_small_to_matter_is_none():
+    rounds = [[[[1.0], [1.001 + 1e-5 * (r % 2)]] for _ in range(3)] for r in range(12)]
+    (found,) = verdicts_of(rounds, ["a", "b"])
+    assert found.low > 1 and found.verdict == "cannot tell"
+
+
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.03, "slower"), (0.97, "faster"), (1.0, "cannot tell")])
 def test_a_difference_is_found_through_drift_that_is_larger_than_it(ratio, verdict):
     (found,) = verdicts_of(rounds_of(ratio, 0.005), ["a", "b"])
@@ -105,9 +111,10 @@ def test_a_batch_is_really_more_work(tiny):
 
 
 def test_blocks_last_milliseconds_and_a_short_run_is_preceded_by_one_unseen():
-    assert interleave.block_of(0.05) == (80, 1)
-    assert interleave.block_of(3.0) == (2, 1)
-    assert interleave.block_of(50.0) == (1, 0)
+    assert interleave.block_of([0.05]) == (80, 1)
+    assert interleave.block_of([3.0, 3.0]) == (2, 1)
+    assert interleave.block_of([50.0, 20.0]) == (1, 0)
+    assert interleave.block_of([0.1, 10.0]) == (4, 1), "as many runs of the slow file as of the fast one"
 
 
 def test_what_makes_no_sense_is_refused(tiny, tmp_path):
