@@ -40,8 +40,8 @@ def run(
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Where to measure: local, ssh://user@host, adb:SERIAL, or a name in targets.toml; several run at "
-            "the same time [default: local]",
+            help="Where to measure: local, or a name in targets.toml; may be given several times (this version "
+            "reaches this machine only) [default: local]",
             show_default=False,
         ),
     ] = None,
@@ -72,9 +72,9 @@ def run(
 
         mobile-bench run model.tflite --json | jq .summary.median_ms
 
-    On this machine and on a board at the same time:
+    With the settings of two entries of targets.toml:
 
-        mobile-bench run model.tflite --target local --target ssh://pi@raspberry.local
+        mobile-bench run model.tflite --target one-thread --target four-threads
 
     Exit code 0: measured; 1: a worker crashed, took too long or could not be reached; 2: the file or an option
     cannot be used.
