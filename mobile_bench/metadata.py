@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from mobile_bench.errors import InputError, Problem
+from mobile_bench.flatbuffer import read_metadata
 from mobile_bench.inputs import InputSpec, override
 
 METADATA_KEY = "tfopt"
-# Places of fields in the tables of the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
-_MODEL_BUFFERS, _MODEL_METADATA = 4, 6
-_METADATA_NAME, _METADATA_BUFFER = 0, 1
-_BUFFER_DATA = 0
 
 
 def find_spec(tflite: str | Path, text: str = "", *, shape: tuple[int, int, int] | None = None) -> InputSpec:
@@ -55,49 +50,7 @@ def recorded_spec(tflite: str | Path) -> InputSpec | None:
 def embedded_spec(content: bytes) -> InputSpec | None:
     """The spec in a .tflite's metadata under the key 'tfopt'; None where it is absent or damaged."""
     try:
-        model = _indirect(content, 0)
-        buffers = list(_tables(content, model, _MODEL_BUFFERS))
-        for entry in _tables(content, model, _MODEL_METADATA):
-            if _bytes(content, _field(content, entry, _METADATA_NAME)) == METADATA_KEY.encode():
-                place = _field(content, entry, _METADATA_BUFFER)
-                index = _unpack("<I", content, place) if place else 0
-                data = _bytes(content, _field(content, buffers[index], _BUFFER_DATA))
-                return InputSpec.from_dict(json.loads(data))
-    except (struct.error, IndexError, ValueError, Problem):
+        data = read_metadata(content).get(METADATA_KEY)
+        return InputSpec.from_dict(json.loads(data)) if data is not None else None
+    except (ValueError, RecursionError, Problem):  # json.loads gives up on deep nesting by the second
         return None
-    return None
-
-
-def _field(content: bytes, table: int, number: int) -> int:
-    """Where field `number` of a table lies, or 0 where it is absent."""
-    vtable = table - _unpack("<i", content, table)
-    if 4 + 2 * number >= _unpack("<H", content, vtable):
-        return 0
-    offset = _unpack("<H", content, vtable + 4 + 2 * number)
-    return table + offset if offset else 0
-
-
-def _tables(content: bytes, table: int, number: int) -> Iterator[int]:
-    place = _field(content, table, number)
-    if place:
-        vector = _indirect(content, place)
-        for index in range(min(_unpack("<I", content, vector), len(content) // 4)):
-            yield _indirect(content, vector + 4 + 4 * index)
-
-
-def _bytes(content: bytes, place: int) -> bytes:
-    if not place:
-        return b""
-    vector = _indirect(content, place)
-    length = _unpack("<I", content, vector)
-    return content[vector + 4 : vector + 4 + length]
-
-
-def _indirect(content: bytes, place: int) -> int:
-    return place + _unpack("<I", content, place)
-
-
-def _unpack(form: str, content: bytes, place: int) -> int:
-    if place < 0:
-        raise IndexError(place)  # struct would count from the end
-    return struct.unpack_from(form, content, place)[0]
