@@ -19,15 +19,16 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mobile_bench.errors import JobFailed, Problem
 from mobile_bench.files import write_json
 
 OnProgress = Callable[[dict], None]
+#: With this argument a child ends when its standard input closes.
+FOLLOW_PARENT = "--end-with-parent"
 _LOG_LINES, _LOG_CHARACTERS = 8, 1500
-_FOLLOW_PARENT = "--end-with-parent"
 
 
 def run_job(
@@ -48,7 +49,7 @@ def run_job(
         try:
             child = subprocess.Popen(
                 # -P: a file in the current folder that is named like a library is not imported for it.
-                [sys.executable, "-P", "-m", module, str(job_file), _FOLLOW_PARENT],
+                [sys.executable, "-P", "-m", module, str(job_file), FOLLOW_PARENT],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
                 start_new_session=True,
@@ -56,32 +57,48 @@ def run_job(
         except OSError as error:
             raise JobFailed(f"The child process {module} cannot be started", received=error.strerror) from error
     guard = _Guard(child, timeout_s, memory_bytes)
-    final: dict | None = None
     try:
-        for line in child.stdout:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a crash; the exit status tells the rest
-            if not isinstance(message, dict):
-                continue  # something printed before the child took over its standard output
-            if message.get("kind") in ("result", "error"):
-                final = message
-            elif on_progress:
-                on_progress(message)
+        final = follow(child.stdout, on_progress)
         child.wait()
     finally:
         guard.stop()
         _end(child)
-    if final and final["kind"] == "result" and child.returncode == 0:
+    return outcome(
+        final, child.returncode, process=f"The child process {module}", verdict=guard.verdict,
+        log=lambda: log_file.read_text(errors="replace"), next_step=f"The whole log is {log_file}",
+    )  # fmt: skip
+
+
+def follow(lines: Iterable[bytes], on_progress: OnProgress | None = None) -> dict | None:
+    """Relay a child's messages until its output ends; its 'result' or 'error', None where it sent neither."""
+    final = None
+    for line in lines:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a crash; the exit status tells the rest
+        if not isinstance(message, dict):
+            continue  # something printed before the child took over its standard output
+        if message.get("kind") in ("result", "error"):
+            final = message
+        elif on_progress:
+            on_progress(message)
+    return final
+
+
+def outcome(
+    final: dict | None, exit_code: int, *, process: str, verdict: str, log: Callable[[], str], next_step: str
+) -> dict:
+    """The result of a child that has ended, or the Problem that it raised, or JobFailed.
+
+    process begins the sentence of a JobFailed. verdict: which limit the child was ended for, or ''. log gives
+    what it wrote to its standard error. exit_code is negative for a signal, as in subprocess.
+    """
+    if final and final["kind"] == "result" and exit_code == 0:
         return final["value"]
     if final and final["kind"] == "error":
         raise _rebuild(final)
-    raise JobFailed(
-        f"The child process {module} {guard.verdict or _exit_text(child.returncode)}",
-        received=_tail(log_file),
-        next_step=f"The whole log is {log_file}",
-    )
+    raise JobFailed(f"{process} {verdict or _exit_text(exit_code)}", received=_tail(log()), next_step=next_step)
 
 
 def serve(main: Callable[[dict, Callable[..., None]], dict]) -> None:
@@ -93,7 +110,7 @@ def serve(main: Callable[[dict, Callable[..., None]], dict]) -> None:
         protocol.write(json.dumps({"kind": kind, **facts}, allow_nan=False) + "\n")
         protocol.flush()
 
-    if _FOLLOW_PARENT in sys.argv[2:]:
+    if FOLLOW_PARENT in sys.argv[2:]:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -185,8 +202,8 @@ def _exit_text(code: int) -> str:
     return f"ended with exit code {code} and no result"
 
 
-def _tail(log_file: Path) -> str | None:
-    lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+def _tail(log: str) -> str | None:
+    lines = [line for line in log.splitlines() if line.strip()]
     return " | ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or None
 
 

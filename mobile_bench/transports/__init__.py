@@ -46,9 +46,17 @@ def transport_for(target: Target, connection: Connection | None = None) -> Trans
         from mobile_bench.transports.local import Local
 
         return Local()
-    raise InputError(
-        "This version measures on this machine only",
-        received=target.transport,
-        allowed="local",
-        next_step="Install mobile_bench on the device and run mobile-bench there",
-    )
+    if connection is None:
+        raise InputError("A target that is not this machine needs an address", received=target.name)
+    if target.transport == "ssh":
+        try:
+            from mobile_bench.transports.ssh import Ssh
+
+            return Ssh(connection)
+        except ImportError as error:
+            raise InputError(
+                "SSH needs a library that is not installed", received=error, next_step="pip install 'tfopt[remote]'"
+            ) from error
+    from mobile_bench.transports.adb import Adb
+
+    return Adb(connection, target)
