@@ -7,6 +7,7 @@ import typer
 from mobile_bench.cli_support import run_app
 from mobile_bench.commands.compare import compare, gate
 from mobile_bench.commands.evaluate import evaluate
+from mobile_bench.commands.profile import profile
 from mobile_bench.commands.run import run
 from mobile_bench.commands.sweep import sweep
 
@@ -39,7 +40,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, compare, gate, sweep, evaluate):
+for command in (run, compare, gate, sweep, profile, evaluate):
     app.command()(command)
 
 
