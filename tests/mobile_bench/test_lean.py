@@ -4,11 +4,13 @@ import pytest
 
 HEAVY = {"tensorflow", "keras", "tf_keras", "pandas", "streamlit", "altair", "tfopt", "dashboard", "sklearn", "yaml"}
 MODULES = (
+    "benchmark_model",
     "cli",
     "cli_support",
     "commands",
     "commands.compare",
     "commands.evaluate",
+    "commands.profile",
     "commands.run",
     "commands.shared",
     "commands.sweep",
@@ -24,17 +26,24 @@ MODULES = (
     "interleave",
     "interpreter",
     "jobs",
+    "litert_c",
     "lock",
     "measure",
     "metadata",
     "opcost",
+    "profile",
     "records",
     "stats",
     "store",
     "targets",
     "tflite_ops",
     "transports",
+    "transports.adb",
+    "transports.adb_evaluate",
+    "transports.android",
     "transports.local",
+    "transports.ssh",
+    "transports.ssh_login",
     "trust",
     "worker",
 )
@@ -66,4 +75,5 @@ def test_nothing_heavy_is_loaded(run_python, part):
     loaded = loaded_by(run_python, "\n".join(f"import mobile_bench.{module}" for module in modules))
     assert not loaded & HEAVY
     if part == "cli":
-        assert not loaded & {"numpy", "ai_edge_litert", "PIL"}, "--help should not wait for these"
+        slow = {"numpy", "ai_edge_litert", "PIL", "paramiko", "adbutils"}
+        assert not loaded & slow, "--help should not wait for these"
