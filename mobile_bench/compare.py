@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mobile_bench.errors import InputError, JobFailed
+from mobile_bench import trust
+from mobile_bench.errors import InputError
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
@@ -110,12 +111,12 @@ def compare(
             found.append(answer)
             overhead_s = max(0.0, time.perf_counter() - begun - timing_s)
         passed_s = time.perf_counter() - started
-    _check_same_machine(found)
+    trust.check_same_machine([answer["device"] for answer in found])
     return Comparison(
         target, verdicts_of([answer["blocks"] for answer in found], hashes, level), rounds,
         sum(len(answer["blocks"]) for answer in found), passed_s, found[0]["device"],
         max((a["load_average"] for a in found if a["load_average"] is not None), default=None),
-        tuple(dict.fromkeys(warning for answer in found for warning in answer["warnings"])),
+        trust.of_processes([answer["warnings"] for answer in found]),
         tuple(answer["blocks"] for answer in found),
     )  # fmt: skip
 
@@ -150,15 +151,3 @@ def _check(files: list[Path], seconds: float, rounds: int, level: float, batch: 
     ):  # fmt: skip
         if not least <= value <= most:
             raise InputError(f"{name} is out of range", received=value, allowed=f"{least} to {most}")
-
-
-def _check_same_machine(answers: list[dict]) -> None:
-    """A target that changes its runtime or its machine between two rounds is two targets."""
-    names = ("cpu", "machine", "runtime", "runtime_version")
-    seen = {tuple(answer["device"].get(name) for name in names) for answer in answers}
-    if len(seen) > 1:
-        raise JobFailed(
-            "The rounds of one comparison ran on different machines or runtimes",
-            received=" and ".join(", ".join(map(str, facts)) for facts in sorted(seen, key=str)),
-            next_step="Name one runtime with --runtime, and compare again",
-        )

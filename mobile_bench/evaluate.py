@@ -23,10 +23,12 @@ from mobile_bench.device import usable_cores
 from mobile_bench.errors import DataError, InputError, ModelRefused
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, dequantize, open_model, quantize
-from mobile_bench.jobs import run_job, serve
-from mobile_bench.records import Tensor
+from mobile_bench.jobs import serve
+from mobile_bench.records import Connection, Target, Tensor
+from mobile_bench.transports import transport_for
 
 Progress = Callable[[int, int], None]
+_LOCAL = Target()
 
 MAX_WORKERS = 16
 _PROBE_IMAGES, _PROBE_S = 8, 0.02
@@ -92,21 +94,22 @@ def predictions_only(
 
 
 def evaluate_apart(
-    tflite: str | Path, sample: str | Path, spec: InputSpec, *, workers: int | None = None, runtime: str = "auto",
-    progress: Progress | None = None, timeout_s: float | None = None,
+    tflite: str | Path, sample: str | Path, spec: InputSpec, target: Target = _LOCAL, *,
+    connection: Connection | None = None, workers: int | None = None, progress: Progress | None = None,
+    timeout_s: float | None = None,
 ) -> Evaluation:  # fmt: skip
-    """`evaluate` on a sample .npz in a child process, so that a file may crash its runtime without harm.
+    """`evaluate` on a sample .npz in a process of its own, here or on another target.
 
-    Raises JobFailed when it does.
+    Raises JobFailed where the file crashes the runtime, TransportError where the target cannot be reached.
     """
-    with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
+    job = {"spec": spec.to_dict(), "workers": workers, "runtime": target.runtime, "threads": target.threads}
+    relay = (lambda m: progress(m["done"], m["total"]) if "done" in m else None) if progress else None
+    with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder, transport_for(target, connection) as transport:
         out = Path(folder) / "predictions.npy"
-        job = {
-            "tflite": str(Path(tflite).resolve()), "sample": str(Path(sample).resolve()), "spec": spec.to_dict(),
-            "workers": workers, "runtime": runtime, "out": str(out),
-        }  # fmt: skip
-        relay = (lambda m: progress(m["done"], m["total"])) if progress else None
-        result = run_job("mobile_bench.evaluate", job, Path(folder), on_progress=relay, timeout_s=timeout_s)
+        result = transport.run(
+            "mobile_bench.evaluate", job, files={"tflite": Path(tflite), "sample": Path(sample)}, outputs={"out": out},
+            on_progress=relay, timeout_s=timeout_s,
+        )  # fmt: skip
         tensors = {side: tuple(Tensor(**t) for t in result.pop(side)) for side in ("inputs", "outputs")}
         return Evaluation(predictions=np.load(out, allow_pickle=False), **result, **tensors)
 

@@ -1,71 +1,148 @@
-"""How fast a .tflite is: one measurement, in a fresh process, with nothing else timed beside it."""
+"""How fast a .tflite is: one measurement, in fresh processes, with nothing else timed beside it."""
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mobile_bench import trust
 from mobile_bench.errors import DelegateError, InputError, JobFailed, ModelRefused, TransportError, unknown_name
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
 from mobile_bench.records import Connection, Measurement, Target
+from mobile_bench.stats import rounds_interval
 from mobile_bench.targets import Place
 from mobile_bench.transports import transport_for
 
+#: Rounds at least and at most, the interval's width to stop at, and the time after which no round begins.
+ROUNDS, MAX_ROUNDS, WIDTH, MAX_SECONDS = 3, 10, 0.02, 30.0
 _LOCAL = Target()
 
 
 def measure(
     tflite: str | Path, target: Target = _LOCAL, *, connection: Connection | None = None, batch: int = 1,
-    runs: int = 50, max_runs: int = 1000, spec: InputSpec | None = None, seed: int = 0,
+    runs: int = 50, max_runs: int = 1000, rounds: int = ROUNDS, max_rounds: int = MAX_ROUNDS, width: float = WIDTH,
+    max_seconds: float = MAX_SECONDS, spec: InputSpec | None = None, seed: int = 0,
     on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600, kind: str = "latency",
 ) -> Measurement:  # fmt: skip
-    """Time the inference of one file on one target.
+    """Time the inference of one file on one target, in several rounds.
 
-    A fresh process loads the file (load_ms, the runtime already imported), runs it once
-    (first_inference_ms), warms up until the times are steady, then times at least `runs` inferences, more
-    for a fast model until they fill a second, never more than the larger of `runs` and `max_runs`. Each
-    sample is one call of the runtime's invoke on `batch` images, by time.perf_counter_ns: the input is
-    in place before the clock starts, and the output is not read. Inputs are random, the same for the
-    same seed, scaled by `spec` where it fits. kind: 'latency', or 'sweep' for a point of one.
+    Each round is a fresh process: it loads the file (load_ms, the runtime already imported), runs it once
+    (first_inference_ms), warms up until the times are steady, and times its share of at least `runs`
+    inferences, more for a fast model until `rounds` of them fill a second, never more in all than the larger of
+    `runs` and `max_runs` for each `rounds`. Each sample is one call of the runtime's invoke on `batch` images, by
+    time.perf_counter_ns: the input is in place before the clock starts, and the output is not read. Inputs are
+    random, the same for the same seed, scaled by `spec` where it fits.
+
+    There are `rounds` rounds, and then more until the 95% interval of the median is narrower than `width` times
+    the median, up to max_rounds or until max_seconds are over. By adb there is one round, in which each sample
+    is a process of its own. kind: 'latency', or 'sweep' for a point of one.
 
     A file that the runtime refuses, or a delegate that does not really run it, gives a Measurement of status
-    'refused'; a crash, a passed timeout_s or a device that cannot be reached one of status 'failed', each with
-    its reason. connection: how to get there, for a target that is not this machine. InputError is raised for
-    what makes no sense to try: no such file, an unknown runtime, an accelerator or transport that is not there.
-    Waits up to wait_s for another measurement on the same machine, and says so through on_progress.
+    'refused'; a crash, a passed timeout_s (of one round) or a device that cannot be reached one of status
+    'failed', each with its reason, and with the samples of the rounds before. connection: how to get there, for a
+    target that is not this machine. InputError is raised for what makes no sense to try: no such file, an unknown
+    runtime, an accelerator or transport that is not there. Waits up to wait_s for another measurement on the
+    same machine, and says so through on_progress.
     """
-    for name, value, most in (("batch", batch, 4096), ("runs", runs, 100_000), ("max_runs", max_runs, 100_000)):
+    if target.transport == "adb":
+        rounds = max_rounds = 1
+    max_rounds = max(rounds, max_rounds)
+    for name, value, most in (
+        ("batch", batch, 4096), ("runs", runs, 100_000), ("max_runs", max_runs, 100_000), ("rounds", rounds, 1000),
+        ("max_rounds", max_rounds, 1000),
+    ):  # fmt: skip
         if not isinstance(value, int) or not 1 <= value <= most:
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
+    if not 0 < width < 10:
+        raise InputError("width is out of range", received=width, allowed="a share of the median, such as 0.02")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     check_can_run(target)
     facts = {"kind": kind, "sha256": sha256_of(tflite), "target": target, "batch": batch}
     facts["run_id"] = uuid.uuid4().hex[:8]
     job = {
-        "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": runs,
-        "max_runs": max_runs, "seed": seed, "spec": spec.to_dict() if spec else None,
+        "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": math.ceil(runs / rounds),
+        "max_runs": max(1, max_runs // rounds), "timed_s": 1 / rounds, "seed": seed,
+        "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
     transport = transport_for(target, connection)
+    found: list[dict] = []
     with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress):
         facts["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        started = time.monotonic()
         try:
             with transport:
-                found = transport.run(
-                    "mobile_bench.worker", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
-                    timeout_s=timeout_s,
-                )  # fmt: skip
+                while not _enough(found, rounds, max_rounds, width, time.monotonic() - started < max_seconds):
+                    found.append(
+                        transport.run(
+                            "mobile_bench.worker", job, files={"tflite": Path(tflite)},
+                            on_progress=_relay(on_progress, len(found)), timeout_s=timeout_s,
+                        )
+                    )  # fmt: skip
+                    if on_progress and max_rounds > 1:
+                        on_progress(_state(found, rounds, max_rounds))
+                    trust.check_same_machine([answer["device"] for answer in found])
         except (ModelRefused, DelegateError) as refusal:
-            return Measurement(**facts, status="refused", reason=str(refusal))
+            return Measurement(**facts, **_together(found), status="refused", reason=str(refusal))
         except (JobFailed, TransportError) as failure:
-            return Measurement(**facts, status="failed", reason=str(failure))
-    return Measurement(**facts, status="ok", **found)
+            return Measurement(**facts, **_together(found), status="failed", reason=str(failure))
+    return Measurement(**facts, **_together(found), status="ok")
+
+
+def _enough(found: list[dict], rounds: int, max_rounds: int, width: float, in_time: bool) -> bool:
+    if len(found) < rounds or len(found) >= max_rounds:
+        return len(found) >= rounds
+    return not in_time or _width(found) <= width
+
+
+def _width(found: list[dict]) -> float:
+    """The interval of the median as a share of it; infinite for one round."""
+    if len(found) < 2:
+        return math.inf
+    low, high = rounds_interval([answer["latency_ms"] for answer in found])
+    return high / low - 1
+
+
+def _state(found: list[dict], rounds: int, max_rounds: int) -> dict:
+    median_ms = statistics.median(value for answer in found for value in answer["latency_ms"])
+    width = _width(found)
+    shown = {"interval": f", 95% interval {width:.1%} wide"} if width < math.inf else {"interval": ""}
+    return {"kind": "progress", "stage": "round", "done": len(found), "least": rounds, "most": max_rounds,
+            "median_ms": median_ms, **shown}  # fmt: skip
+
+
+def _relay(on_progress: OnProgress | None, done: int) -> OnProgress | None:
+    """The stages of the first round are news; those of the others are not."""
+    if on_progress is None or not done:
+        return on_progress
+    return lambda message: on_progress(message) if message.get("kind") != "progress" else None
+
+
+def _together(found: list[dict]) -> dict:
+    """One measurement's fields from what its rounds say."""
+    if not found:
+        return {}
+    joined = {name: [value for answer in found for value in answer[name]] for name in ("warmup_ms", "latency_ms")}
+    for name in ("load_ms", "first_inference_ms"):
+        values = [answer[name] for answer in found if answer[name] is not None]
+        joined[name] = statistics.median(values) if values else None
+    for name in ("peak_rss_bytes", "base_rss_bytes", "load_average", "output_drift"):
+        joined[name] = max((answer[name] for answer in found if answer.get(name) is not None), default=None)
+    return {
+        **found[0], **joined,
+        "rounds": [len(answer["latency_ms"]) for answer in found] if len(found) > 1 else (),
+        "device": {**found[0]["device"], "during": [answer["device"]["during"] for answer in found]},
+        "warnings": trust.of_processes([answer["warnings"] for answer in found]),
+    }  # fmt: skip
 
 
 def measure_on(

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 from mobile_bench.errors import InputError, JobFailed, Problem
 from mobile_bench.jobs import OnProgress, serve
-from mobile_bench.records import Target
+from mobile_bench.records import Connection, Target
 
 if TYPE_CHECKING:
     from mobile_bench.flatbuffer import TFLiteModel
     from mobile_bench.inputs import InputSpec
 
 RUNTIME, DELEGATE = "ai-edge-litert", "XNNPACK"
+_LOCAL = Target()
 MOST_RUNS = 10_000
 #: What XNNPACK calls the work of a TFLite operation; convolutions and dense layers are matched apart.
 _XNNPACK_OPS = {
@@ -95,33 +96,43 @@ class Profile:
 
 
 def profile(
-    tflite: str | Path, *, threads: int = 1, runs: int = 50, spec: InputSpec | None = None, seed: int = 0,
-    on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600,
+    tflite: str | Path, target: Target = _LOCAL, *, connection: Connection | None = None, runs: int = 50,
+    spec: InputSpec | None = None, seed: int = 0, on_progress: OnProgress | None = None, timeout_s: float = 900,
+    wait_s: float = 3600,
 ) -> Profile:  # fmt: skip
-    """Profile a file on this machine's CPU, averaged over `runs` inferences on random input.
+    """Profile a file on a target's CPU, averaged over `runs` inferences on random input.
 
-    Raises InputError (no such file, no runtime that can), ModelRefused (not a .tflite, or LiteRT will not
-    take it) or JobFailed (the library crashed; only the child process ends).
+    By adb it is benchmark_model that profiles, with any of its accelerators. Raises InputError (no such file, no
+    runtime that can), ModelRefused (not a .tflite, or LiteRT will not take it), JobFailed (the library crashed;
+    only the child process ends) or TransportError.
     """
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.lock import one_at_a_time
+    from mobile_bench.measure import check_can_run
     from mobile_bench.transports import transport_for
 
     if not isinstance(runs, int) or not 1 <= runs <= MOST_RUNS:
         raise InputError("runs is out of range", received=runs, allowed=f"1 to {MOST_RUNS}")
-    target = Target(threads=threads, runtime=RUNTIME)
+    check_can_run(target)
+    if target.transport != "adb" and (target.accelerator != "cpu" or target.runtime not in ("auto", RUNTIME)):
+        raise InputError(
+            "Only the CPU is profiled, and only by ai-edge-litert", received=f"{target.accelerator}, {target.runtime}"
+        )
     check_is_tflite(tflite)
-    job = {"threads": threads, "runs": runs, "seed": seed, "spec": spec.to_dict() if spec else None}
-    transport = transport_for(target)
+    job = {
+        "threads": target.threads, "runtime": RUNTIME, "runs": runs, "seed": seed,
+        "spec": spec.to_dict() if spec else None,
+    }  # fmt: skip
+    transport = transport_for(target, connection)
     with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress), transport:
         found = transport.run(
             "mobile_bench.profile", job, files={"tflite": Path(tflite)}, on_progress=on_progress, timeout_s=timeout_s
         )
-    ops = parse_summary(found["summary"], runs)
+    ops = parse_summary(found["summary"], runs) if "summary" in found else _from_tool(found["ops"])
     ops, layer_note = _with_layers(ops, tflite)
     return Profile(
         ops, groups(ops, "node_type"), groups(ops, "layer"), sum(op.avg_ms for op in ops), found["profiled_median_ms"],
-        found["unprofiled_median_ms"], runs, threads, found["runtime"], _delegate_note(ops, runs), layer_note,
+        found["unprofiled_median_ms"], runs, target.threads, found["runtime"], _delegate_note(ops, runs), layer_note,
     )  # fmt: skip
 
 
@@ -200,6 +211,19 @@ def parse_summary(text: str, runs: int) -> tuple[OpTime, ...]:
             time / total if total else 0.0, int(_number(found["times called"])), DELEGATE if _delegated(found) else "",
         )
         for index, (found, time) in enumerate(zip(rows, times))
+    )  # fmt: skip
+
+
+def _from_tool(rows: list[dict]) -> tuple[OpTime, ...]:
+    """The nodes of benchmark_model's own table."""
+    total = sum(row["avg_ms"] for row in rows)
+    return tuple(
+        OpTime(
+            index, row["node_type"].removeprefix("Delegate/"), row["name"], row["avg_ms"],
+            row["avg_ms"] / total if total else 0.0, row["times_called"],
+            DELEGATE if _delegated({"node type": row["node_type"], "name": row["name"]}) else "",
+        )
+        for index, row in enumerate(rows)
     )  # fmt: skip
 
 

@@ -214,9 +214,11 @@ class Connection:
 class Measurement:
     """One run of one file on one target; stored as bench/{target}-{time}-{run_id}.json.
 
-    latency_ms holds every timed sample, in order; warmup_ms the ones before it. peak_rss_bytes is the
-    whole process at its largest, base_rss_bytes the same before it loaded the file. A measurement that
-    is 'refused' or 'failed' has a reason and no samples. started_at is UTC, ISO 8601.
+    latency_ms holds every timed sample, in order; warmup_ms the ones before them. rounds: how many of latency_ms
+    each fresh process made, in order; () where one made all of them. load_ms and first_inference_ms are the
+    medians over the processes. peak_rss_bytes is the whole process at its largest, base_rss_bytes the same
+    before it loaded the file. A measurement that is 'refused' or 'failed' has a reason; one that failed after
+    some rounds keeps their samples. started_at is UTC, ISO 8601.
     """
 
     run_id: str
@@ -231,6 +233,7 @@ class Measurement:
     first_inference_ms: float | None = None
     warmup_ms: tuple[float, ...] = ()
     latency_ms: tuple[float, ...] = ()
+    rounds: tuple[int, ...] = ()
     peak_rss_bytes: int | None = None
     base_rss_bytes: int | None = None
     delegated_ops: tuple[str, ...] = ()
@@ -248,12 +251,14 @@ class Measurement:
         _one_of("measurement status", self.status, STATUSES)
         if not isinstance(self.target, Target):
             object.__setattr__(self, "target", Target(**self.target))
-        for name in ("input_shape", "warmup_ms", "latency_ms", "delegated_ops", "fallback_ops", "warnings"):
+        for name in ("input_shape", "warmup_ms", "latency_ms", "rounds", "delegated_ops", "fallback_ops", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.status == "ok" and not self.latency_ms:
             raise InputError("A measurement without samples is not ok", received=self.run_id)
         if self.status != "ok" and not self.reason:
             raise InputError("A measurement that failed has no reason", received=self.run_id)
+        if self.rounds and (sum(self.rounds) != len(self.latency_ms) or min(self.rounds) < 1):
+            raise InputError("A measurement's rounds do not add up to its samples", received=self.run_id)
         if any(not math.isfinite(v) or v < 0 for v in self.latency_ms):
             raise InputError("A latency is not a positive number", received=self.run_id)
 

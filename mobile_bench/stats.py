@@ -20,12 +20,14 @@ _RESAMPLES = 10_000
 class Summary:
     """One measurement in numbers. Times in milliseconds per inference (of `batch` images).
 
-    median_low_ms and median_high_ms: the 95% interval of the median *within this run*; another process
-    or another day can differ by more. spread: (p75 - p25) / median. outliers: samples above p75 by more than
-    1.5 (p75 - p25), as in Tukey 1977. fps: images per second at the median.
+    median_low_ms and median_high_ms: the 95% interval of the median, over the fresh processes that made it where
+    there were several (rounds > 1; rounds_interval), else within the one process: another can differ by more.
+    spread: (p75 - p25) / median. outliers: samples above p75 by more than 1.5 (p75 - p25), as in Tukey 1977.
+    fps: images per second at the median.
     """
 
     samples: int
+    rounds: int
     median_ms: float
     median_low_ms: float
     median_high_ms: float
@@ -49,10 +51,12 @@ def summarize(measurement: Measurement) -> Summary | None:
         return None
     latency_ms = np.asarray(measurement.latency_ms)
     median = float(np.median(latency_ms))
-    low, high = median_interval(latency_ms)
+    groups = np.split(latency_ms, np.cumsum(measurement.rounds)[:-1]) if measurement.rounds else [latency_ms]
+    low, high = median_interval(latency_ms) if len(groups) < 2 else rounds_interval(groups)
     p25, p75, p90, p95, p99 = percentiles(latency_ms, (25, 75, 90, 95, 99))
     return Summary(
         samples=len(latency_ms),
+        rounds=len(groups),
         median_ms=median,
         median_low_ms=low,
         median_high_ms=high,
@@ -86,6 +90,22 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
         raise InputError("There is no median of no samples")
     k = max(1, _order_rank(n, (1 - confidence) / 2))
     return float(ordered[k - 1]), float(ordered[n - k])
+
+
+def rounds_interval(rounds: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """An interval for the median of all samples, from samples in rounds that are independent of each other.
+
+    Within a process samples are correlated, and memory layout and placement are drawn anew only with the next
+    one, so only rounds count (Kalibera and Jones 2013, Rigorous Benchmarking in Reasonable Time): Student's
+    interval over the logarithms of their medians, laid around the median of all samples. Two rounds or more.
+    """
+    medians = np.log([max(float(np.median(samples)), 1e-9) for samples in rounds])
+    count = len(medians)
+    if count < 2:
+        raise InputError("An interval over rounds needs two rounds or more", received=count)
+    half = student_quantile((1 + confidence) / 2, count - 1) * float(medians.std(ddof=1)) / math.sqrt(count)
+    middle = float(np.median(np.concatenate([np.asarray(samples, float) for samples in rounds])))
+    return middle * math.exp(-half), middle * math.exp(half)
 
 
 def _order_rank(n: int, tail: float) -> int:

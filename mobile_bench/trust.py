@@ -7,11 +7,14 @@ is the difference of two readings of /proc.
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobile_bench import device
+from mobile_bench.errors import JobFailed
 
 #: Others' use of the processor, in cores; the hypervisor's share of our time; a temperature near throttling.
 BUSY_CORES, STEAL_SHARE, HOT_C = 0.1, 0.02, 80.0
@@ -130,6 +133,33 @@ def warnings_of(
     if during.get("power") == "battery":
         found.append("it ran on its battery, where processors are held back; plug it in and measure again")
     return found
+
+
+def of_processes(warnings: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The warnings of several processes, each kind once: with the numbers of the first that had it, and how many had.
+
+    A kind is known by its words before the first number.
+    """
+    kinds: dict[str, list[str]] = {}
+    for of_one in warnings:
+        for text in of_one:
+            kinds.setdefault(re.split(r"\d", text, maxsplit=1)[0], []).append(text)
+    times = (
+        f" (in {len(texts)} of {len(warnings)} processes)" if len(warnings) > 1 else "" for texts in kinds.values()
+    )
+    return tuple(texts[0] + count for texts, count in zip(kinds.values(), times))
+
+
+def check_same_machine(devices: Sequence[dict]) -> None:
+    """A target that changes its runtime or its machine between two processes is two targets: JobFailed."""
+    names = ("cpu", "machine", "runtime", "runtime_version")
+    seen = {tuple(facts.get(name) for name in names) for facts in devices}
+    if len(seen) > 1:
+        raise JobFailed(
+            "The processes of one measurement ran on different machines or runtimes",
+            received=" and ".join(", ".join(map(str, facts)) for facts in sorted(seen, key=str)),
+            next_step="Name one runtime with --runtime, and measure again",
+        )
 
 
 def temperature_c(root: str | Path = "/") -> float | None:

@@ -34,7 +34,8 @@ TIMED_S = 1.0
 def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
     """What one job says about its file: the fields of a Measurement that only the worker can know.
 
-    job: tflite, threads, runtime, batch, runs (at least), max_runs, seed, spec (a dict or None).
+    job: tflite, threads, runtime, batch, runs (at least), max_runs, seed, spec (a dict or None),
+    timed_s (TIMED_S where absent).
     """
     load_runtime(job["runtime"])  # importing it is no part of loading the file
     spec = InputSpec.from_dict(job["spec"]) if job["spec"] else None
@@ -54,7 +55,9 @@ def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
     gc.disable()
     emit("progress", stage="warm-up")
     warmup_ms, steady = warm_up(model)
-    runs = planned_runs(statistics.median(warmup_ms[-STEADY_RUNS:]), job["runs"], job["max_runs"])
+    runs = planned_runs(
+        statistics.median(warmup_ms[-STEADY_RUNS:]), job["runs"], job["max_runs"], job.get("timed_s", TIMED_S)
+    )
     emit("progress", stage="timing", runs=runs)
     before = trust.read_state()
     latency_ms = time_runs(model, runs)
@@ -131,9 +134,9 @@ def is_steady(times_ms: list[float], window: int = STEADY_RUNS) -> bool:
     return abs(now - before) <= STEADY_CHANGE * before
 
 
-def planned_runs(typical_ms: float, runs: int, max_runs: int) -> int:
-    """How many runs to time: a second's worth, at least `runs` and at most `max_runs`."""
-    return max(runs, min(max_runs, int(1000 * TIMED_S / max(typical_ms, 1e-6))))
+def planned_runs(typical_ms: float, runs: int, max_runs: int, timed_s: float = TIMED_S) -> int:
+    """How many runs to time: `timed_s` worth, at least `runs` and at most `max_runs`."""
+    return max(runs, min(max_runs, int(1000 * timed_s / max(typical_ms, 1e-6))))
 
 
 def time_runs(model: Model, runs: int) -> list[float]:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mobile_bench.commands.shared import File, Json, Runtime, Spec, bar, ms, print_json, say, table
+from mobile_bench.commands.shared import (
+    File,
+    Inventory,
+    Json,
+    OneTarget,
+    Runtime,
+    Spec,
+    Threads,
+    bar,
+    ms,
+    places_for,
+    print_json,
+    say,
+    table,
+)
 from mobile_bench.errors import InputError
 
-Threads = Annotated[int, typer.Option(help="Threads the runtime may use")]
+if TYPE_CHECKING:
+    from mobile_bench.targets import Place
+
 Seconds = Annotated[float, typer.Option(help="How long to measure, process starts included")]
 Batch = Annotated[int, typer.Option(help="Images per inference")]
 Seed = Annotated[int, typer.Option(help="Seed of the random input")]
@@ -23,13 +39,15 @@ def compare(
     files: Annotated[
         list[Path], typer.Argument(help="Two files or more; each is set against the first", show_default=False)
     ],
-    threads: Threads = 1,
+    threads: Threads = None,
     seconds: Seconds = 20.0,
     rounds: Annotated[int, typer.Option(help="Fresh processes, 6 or more")] = 12,
     level: Annotated[
         float, typer.Option(help="The chance of a verdict where there is no difference, for the whole comparison")
     ] = 0.02,
-    runtime: Runtime = "auto",
+    runtime: Runtime = None,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     batch: Batch = 1,
     seed: Seed = 0,
     out: Annotated[
@@ -44,13 +62,15 @@ def compare(
     processes; the interval of the ratio rests on the processes.
 
         mobile-bench compare float32.tflite int8.tflite
+        mobile-bench compare float32.tflite int8.tflite --target ssh://pi@raspberry.local
 
     Exit code 0 whatever the verdict; 1: a process crashed; 2: a file or an option cannot be used.
     """
     from mobile_bench.files import write_json
     from mobile_bench.records import SCHEMA_VERSION
 
-    found = _compare(files, threads, runtime, seconds, rounds, level, batch, seed)
+    (place,) = places_for([target], inventory, threads, runtime)
+    found = _compare(files, place, seconds, rounds, level, batch, seed)
     if out:
         write_json(out, {"schema_version": SCHEMA_VERSION, "files": [str(file) for file in files], **asdict(found)})
         say(f"written to {out}")
@@ -75,9 +95,11 @@ def gate(
         typer.Option(help="An .npz of images and labels; without it accuracy is not judged", show_default=False),
     ] = None,
     input_spec: Spec = "",
-    threads: Threads = 1,
+    threads: Threads = None,
     seconds: Seconds = 20.0,
-    runtime: Runtime = "auto",
+    runtime: Runtime = None,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     batch: Batch = 1,
     seed: Seed = 0,
     as_json: Json = False,
@@ -90,11 +112,12 @@ def gate(
     (too noisy, too few images, or a file crashed).
     """
     from mobile_bench import gate as gates
-    from mobile_bench.errors import JobFailed, ModelRefused
+    from mobile_bench.errors import JobFailed, ModelRefused, TransportError
     from mobile_bench.evaluate import read_sample
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.records import SCHEMA_VERSION
 
+    (place,) = places_for([target], inventory, threads, runtime)
     limits = gates.Limits(max_slower / 100, max_larger / 100, max_drop)
     for path in (file, against):
         check_is_tflite(path)
@@ -104,11 +127,11 @@ def gate(
         raise InputError("--input-spec is for accuracy", received=input_spec, next_step="Add --sample sample.npz")
     checks = [gates.judge_size(file.stat().st_size, against.stat().st_size, limits.larger)]
     if sample:
-        checks.append(_accuracy(file, against, sample, input_spec, runtime, limits.points))
+        checks.append(_accuracy(file, against, sample, input_spec, place, limits.points))
     try:
-        found = _compare([against, file], threads, runtime, seconds, 12, 0.02, batch, seed)
+        found = _compare([against, file], place, seconds, 12, 0.02, batch, seed)
         checks.append(gates.judge_latency(found.verdicts[0], limits.slower))
-    except (JobFailed, ModelRefused) as failure:
+    except (JobFailed, ModelRefused, TransportError) as failure:
         found = None
         checks.append(gates.Check("latency", gates.ANOMALOUS, str(failure)))
     verdict = gates.overall(checks)
@@ -124,11 +147,10 @@ def gate(
     raise typer.Exit(gates.EXIT_CODES[verdict])
 
 
-def _compare(files, threads: int, runtime: str, seconds: float, rounds: int, level: float, batch: int, seed: int):
+def _compare(files, place: Place, seconds: float, rounds: int, level: float, batch: int, seed: int):
     from mobile_bench.compare import compare as compare_files
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.metadata import recorded_spec
-    from mobile_bench.records import Target
 
     for file in files:
         check_is_tflite(file)
@@ -141,14 +163,14 @@ def _compare(files, threads: int, runtime: str, seconds: float, rounds: int, lev
                 say(message["text"], style="dim")
 
         return compare_files(
-            files, Target(threads=threads, runtime=runtime), seconds=seconds, rounds=rounds, level=level,
-            batch=batch, seed=seed, specs=[recorded_spec(file) for file in files], on_progress=relay,
+            files, place.target, connection=place.connection, seconds=seconds, rounds=rounds, level=level, batch=batch,
+             seed=seed, specs=[recorded_spec(file) for file in files], on_progress=relay,
         )  # fmt: skip
 
 
-def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, runtime: str, points: float):
+def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, place: Place, points: float):
     from mobile_bench import gate as gates
-    from mobile_bench.errors import JobFailed
+    from mobile_bench.errors import JobFailed, TransportError
     from mobile_bench.evaluate import evaluate_apart, read_sample
     from mobile_bench.metadata import find_spec
 
@@ -158,8 +180,8 @@ def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, runtime:
         spec = find_spec(path, input_spec, shape=images.shape[1:])
         try:
             with bar(f"evaluating {path.name}") as progress:
-                found = evaluate_apart(path, sample, spec, runtime=runtime, progress=progress)
-        except JobFailed as failure:
+                found = evaluate_apart(path, sample, spec, place.target, connection=place.connection, progress=progress)
+        except (JobFailed, TransportError) as failure:
             return gates.Check("accuracy", gates.ANOMALOUS, str(failure))
         answers.append(found.predictions)
     return gates.judge_accuracy(*answers, labels, points)

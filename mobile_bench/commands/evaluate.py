@@ -8,7 +8,18 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from mobile_bench.commands.shared import File, Json, Runtime, Spec, bar, print_json, table
+from mobile_bench.commands.shared import (
+    File,
+    Inventory,
+    Json,
+    OneTarget,
+    Runtime,
+    Spec,
+    bar,
+    places_for,
+    print_json,
+    table,
+)
 
 
 def evaluate(
@@ -23,7 +34,9 @@ def evaluate(
             help="Interpreters at work at once [default: chosen by timing the first images]", show_default=False
         ),
     ] = None,
-    runtime: Runtime = "auto",
+    runtime: Runtime = None,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a file on a sample of labelled images.
@@ -31,6 +44,10 @@ def evaluate(
     The same code runs here and on a board, so the two numbers can be compared:
 
         mobile-bench evaluate model.tflite --sample sample.npz
+
+    On the board itself, and image by image against this machine:
+
+        mobile-bench evaluate model.tflite --sample sample.npz --target ssh://pi@raspberry.local
 
     A file from elsewhere does not say how it wants its pixels:
 
@@ -43,11 +60,19 @@ def evaluate(
     from mobile_bench.records import SCHEMA_VERSION
     from mobile_bench.stats import wilson_interval
 
+    (place,) = places_for([target], inventory, None, runtime)
     check_is_tflite(file)
     images, _ = read_sample(sample)
     spec = find_spec(file, input_spec, shape=images.shape[1:])
     with bar(f"evaluating {file.name}") as progress:
-        found = evaluate_apart(file, sample, spec, workers=workers, runtime=runtime, progress=progress)
+        found = evaluate_apart(
+            file, sample, spec, place.target, connection=place.connection, workers=workers, progress=progress
+        )
+    same = None
+    if place.connection:
+        with bar("evaluating here") as progress:
+            here = evaluate_apart(file, sample, spec, progress=progress)
+        same = int((here.predictions == found.predictions).sum())
     low, high = wilson_interval(found.correct, found.images)
     if as_json:
         facts = {name: getattr(found, name) for name in ("top1", "images", "correct", "runtime", "workers", "seconds")}
@@ -55,7 +80,7 @@ def evaluate(
             {
                 "schema_version": SCHEMA_VERSION, **facts, "top1_low": low, "top1_high": high,
                 "images_per_second": found.images_per_second, "sha256": sha256_of(file),
-                "predictions": found.predictions.tolist(),
+                "predictions": found.predictions.tolist(), "target": place.target.name, "same_as_here": same,
             }
         )  # fmt: skip
         return
@@ -65,4 +90,6 @@ def evaluate(
         "Speed": f"{found.images_per_second:,.0f} images/s with {found.workers} worker(s), loading included",
         "Runtime": found.runtime,
     }
+    if same is not None:
+        rows["Against this machine"] = f"the same class for {same:,} of {found.images:,} images ({here.runtime} here)"
     Console().print(table(str(file), rows))

@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mobile_bench.commands.shared import File, Json, Spec, ms, print_json, say_stage
+from mobile_bench.commands.shared import (
+    File,
+    Inventory,
+    Json,
+    OneTarget,
+    Spec,
+    Threads,
+    ms,
+    places_for,
+    print_json,
+    say_stage,
+)
 from mobile_bench.errors import unknown_name
 
 _VIEWS = {"op": "Operation", "type": "Type of operation", "layer": "Layer"}
@@ -19,7 +30,9 @@ _VIEWS = {"op": "Operation", "type": "Type of operation", "layer": "Layer"}
 
 def profile(
     file: File,
-    threads: Annotated[int, typer.Option(help="Threads the runtime may use")] = 1,
+    threads: Threads = None,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     runs: Annotated[int, typer.Option(help="Inferences to average over")] = 50,
     top: Annotated[int, typer.Option(min=0, help="Rows to show, the dearest; 0 for all, in the order they run")] = 15,
     by: Annotated[str, typer.Option(help="What a row is: op, type or layer")] = "op",
@@ -29,7 +42,8 @@ def profile(
 ) -> None:
     """Show where the time of an inference goes: by operation, by type of operation or by layer.
 
-    It needs nothing but ai-edge-litert 2.3 or later, on this machine's CPU. The profiler costs time itself:
+    It needs nothing but ai-edge-litert 2.3 or later, on the CPU; by adb benchmark_model's own profile is read. The
+    profiler costs time itself:
     use the shares, and `mobile-bench run` for how fast the file is.
 
     Which layers are worth making smaller?
@@ -50,7 +64,10 @@ def profile(
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    found = profile_file(file, threads=threads, runs=runs, spec=spec, seed=seed, on_progress=say_stage)
+    (place,) = places_for([target], inventory, threads, None)
+    found = profile_file(
+        file, place.target, connection=place.connection, runs=runs, spec=spec, seed=seed, on_progress=say_stage
+    )
     if as_json:
         print_json({"schema_version": records.SCHEMA_VERSION, "profile": asdict(found)})
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Annotated, Optional
 
 import typer
@@ -12,9 +11,13 @@ from rich.table import Table
 
 from mobile_bench.commands.shared import (
     File,
+    Inventory,
     Json,
+    Runtime,
     Spec,
+    Threads,
     ms,
+    places_for,
     print_json,
     say,
     say_stage,
@@ -26,29 +29,25 @@ from mobile_bench.errors import InputError
 
 def run(
     file: File,
-    threads: Annotated[
-        Optional[int],  # noqa: UP045 - Typer reads this form in every version
-        typer.Option(help="Threads the runtime may use [default: the inventory's, or 1]", show_default=False),
-    ] = None,
+    threads: Threads = None,
     runs: Annotated[
         int, typer.Option(help="Timed inferences, at least; a fast model gets up to 1,000 in a second")
     ] = 50,
-    runtime: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="auto, ai-edge-litert or tflite-runtime [default: the inventory's, or auto]"),
-    ] = None,
+    rounds: Annotated[int, typer.Option(help="Fresh processes, at least")] = 3,
+    max_rounds: Annotated[int, typer.Option(help="Fresh processes, at most")] = 10,
+    width: Annotated[
+        float, typer.Option(help="Go on until the 95% interval of the median is narrower than this, in percent of it")
+    ] = 2.0,
+    runtime: Runtime = None,
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Where to measure: local, or a name in targets.toml; may be given several times (this version "
-            "reaches this machine only) [default: local]",
+            help="Where to measure: local, ssh://user@host, adb:SERIAL, or a name in targets.toml; may be given "
+            "several times [default: local]",
             show_default=False,
         ),
     ] = None,
-    inventory: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A TOML file of targets [default: targets.toml here, if there]", show_default=False),
-    ] = None,
+    inventory: Inventory = None,
     batch: Annotated[int, typer.Option(help="Images per inference")] = 1,
     deadline_fps: Annotated[float, typer.Option(help="Frames per second to keep up with")] = 30.0,
     input_spec: Spec = "",
@@ -59,9 +58,9 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time a file's inference in a fresh process.
+    """Time a file's inference in fresh processes, until the interval of the median is narrow.
 
-    It loads the file, runs it once, warms up until the times are steady, and then times single
+    Each process loads the file, runs it once, warms up until the times are steady, and then times single
     inferences: only the runtime's own work, the input already in place.
 
     Two threads, and whether it keeps up with 60 frames a second:
@@ -72,9 +71,9 @@ def run(
 
         mobile-bench run model.tflite --json | jq .summary.median_ms
 
-    With the settings of two entries of targets.toml:
+    Here, on a board and on a phone at once:
 
-        mobile-bench run model.tflite --target one-thread --target four-threads
+        mobile-bench run model.tflite --target local --target ssh://pi@raspberry.local --target phone
 
     Exit code 0: measured; 1: a worker crashed, took too long or could not be reached; 2: the file or an option
     cannot be used.
@@ -83,12 +82,10 @@ def run(
     from mobile_bench.inputs import InputSpec, override
     from mobile_bench.measure import measure_on
     from mobile_bench.metadata import recorded_spec
-    from mobile_bench.targets import find_places
 
     if not deadline_fps > 0:
         raise InputError("The deadline is not a positive number of frames per second", received=deadline_fps)
-    given = {k: v for k, v in {"threads": threads, "runtime": runtime}.items() if v is not None}
-    places = [replace(p, target=replace(p.target, **given)) for p in find_places(target or ["local"], inventory)]
+    places = places_for(target or ["local"], inventory, threads, runtime)
     folder = variant_folder(file, save)
     spec = recorded_spec(file)
     if input_spec.strip():
@@ -97,7 +94,10 @@ def run(
     def relay(place, message: dict) -> None:
         say_stage(message, f"{place.name}: " if len(places) > 1 else "")
 
-    measurements = measure_on(places, file, batch=batch, runs=runs, spec=spec, seed=seed, on_progress=relay)
+    measurements = measure_on(
+        places, file, batch=batch, runs=runs, rounds=rounds, max_rounds=max_rounds, width=width / 100, spec=spec,
+        seed=seed, on_progress=relay,
+    )  # fmt: skip
     if folder:
         from mobile_bench.store import write_measurement
 
@@ -140,7 +140,8 @@ def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
         "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
         "Frames per second": f"{summary.fps:,.1f}",
         f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {ms(summary.p90_ms)}, deadline {ms(deadline_ms)}",
-        "Measured": f"{summary.samples} runs of {measurement.batch} image(s), {target.threads} thread(s), "
+        "Measured": f"{summary.samples} runs of {measurement.batch} image(s) in {summary.rounds} process(es), "
+        f"{target.threads} thread(s), "
         f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}",
     }
     return table(title, rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -13,8 +14,25 @@ from rich.table import Table
 
 from mobile_bench.errors import InputError
 
+if TYPE_CHECKING:
+    from mobile_bench.targets import Place
+
 File = Annotated[Path, typer.Argument(help="A .tflite file", metavar="FILE.tflite", show_default=False)]
-Runtime = Annotated[str, typer.Option(help="auto, ai-edge-litert or tflite-runtime")]
+Runtime = Annotated[
+    Optional[str],  # noqa: UP045 - Typer reads this form in every version
+    typer.Option(help="auto, ai-edge-litert or tflite-runtime [default: the inventory's, or auto]", show_default=False),
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Threads the runtime may use [default: the inventory's, or 1]", show_default=False),
+]
+OneTarget = Annotated[
+    str, typer.Option("--target", help="Where: local, ssh://user@host, adb:SERIAL, or a name in targets.toml")
+]
+Inventory = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A TOML file of targets [default: targets.toml here, if there]", show_default=False),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on standard output, everything else on standard error")
 ]
@@ -26,6 +44,14 @@ Spec = Annotated[
         show_default=False,
     ),
 ]
+
+
+def places_for(targets: list[str], inventory: Path | None, threads: int | None, runtime: str | None) -> list[Place]:
+    """The places that were asked for; what the command line says of them goes before the inventory."""
+    from mobile_bench.targets import find_places
+
+    given = {name: value for name, value in (("threads", threads), ("runtime", runtime)) if value is not None}
+    return [replace(p, target=replace(p.target, **given)) for p in find_places(targets, inventory)]
 
 
 def table(title: str, rows: dict[str, str]) -> Table:
@@ -74,8 +100,12 @@ def variant_folder(file: Path, save: bool | None) -> Path | None:
 
 def say_stage(message: dict, prefix: str = "") -> None:
     """One line a stage and no live display: redrawing would take time from a core that is being measured."""
-    texts = {"load": "loading", "warm-up": "warming up", "timing": "timing {runs} runs"}
-    text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message)
+    texts = {
+        "load": "loading", "warm-up": "warming up", "timing": "timing {runs} runs",
+        "round": "process {done} of {least} to {most}: median {median}{interval}",
+    }  # fmt: skip
+    median = ms(message["median_ms"]) if "median_ms" in message else ""
+    text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message, median=median)
     if text:
         say(prefix + text, style="dim")
 

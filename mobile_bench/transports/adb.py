@@ -23,19 +23,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mobile_bench import benchmark_model, trust
+from mobile_bench import benchmark_model
 from mobile_bench.errors import DelegateError, InputError, JobFailed, Problem, TransportError
 from mobile_bench.files import sha256_of
-from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
 from mobile_bench.records import Connection, Target
 from mobile_bench.transports import android
+from mobile_bench.transports.adb_jobs import JOBS, Task
+from mobile_bench.trust import State
 
 PARENT = "/data/local/tmp"
-#: Timed runs of one invocation, and those before them.
-RUNS_PER_SAMPLE, WARMUP_RUNS = 10, 2
-#: Samples after which a measurement may end early, where the next one might pass its time limit.
-FEW_SAMPLES = 5
 _SHELL_S, _SETTLE_S, _CONNECT_S = 30.0, 5.0, 10.0
 _OUTPUT_BYTES = 8 << 20
 _WHAT_TO_DO = {
@@ -67,6 +64,7 @@ class Adb:
                 next_step="Get the one for android_aarch64 from tensorflow.org/lite/performance/measurement and "
                 'name it as tool = "…" in the target\'s entry of targets.toml',
             )
+        self._there: dict[str, str] = {}
         self.folder, self._device, self._connected, self._can_time_out = "", None, None, False
 
     def __enter__(self) -> Adb:
@@ -99,80 +97,59 @@ class Adb:
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
         on_progress: OnProgress | None = None, timeout_s: float | None = None,
     ) -> dict:  # fmt: skip
-        """'mobile_bench.worker' or 'mobile_bench.evaluate'; other modules need Python there: InputError.
+        """What these modules do there: worker, interleave, profile and evaluate. Others need Python: InputError.
 
         job: also allow_fallback, True for a delegate that need not take the whole model, and
         external_delegate_path, a library on the device (files may hold it as 'delegate').
         """
         deadline = time.monotonic() + (timeout_s or math.inf)
-        if module not in ("mobile_bench.worker", "mobile_bench.evaluate"):
+        if module not in (*JOBS, "mobile_bench.evaluate"):
             raise InputError(
                 "That needs Python on the device, and adb targets have none", received=module,
-                allowed="measuring the latency, and evaluating", next_step="Use a target by ssh, or local",
+                allowed="measuring, comparing, profiling and evaluating", next_step="Use a target by ssh, or local",
             )  # fmt: skip
         for path in files.values():
             if not Path(path).is_file():
                 raise InputError("There is no such file", received=path)
-        self._push(Path(files["tflite"]), "model.tflite")
+        there = {key: f"{key}.tflite" for key in files if key.startswith("tflite")}
+        for key, name in there.items():
+            self._push_once(Path(files[key]), name)
         if "delegate" in files:
-            self._push(Path(files["delegate"]), "delegate.so", 0o755)
+            self._push_once(Path(files["delegate"]), "delegate.so", 0o755)
             job = {**job, "external_delegate_path": "./delegate.so"}
         tell = on_progress or (lambda _: None)
-        if module == "mobile_bench.worker":
-            return self._measure(job, Path(files["tflite"]), tell, deadline, timeout_s)
-        return self._evaluate(job, files, outputs or {}, tell, deadline)
+        if module == "mobile_bench.evaluate":
+            return self._evaluate(job, files, outputs or {}, tell, deadline)
+        here = [Path(files[key]) for key in there]
+        return JOBS[module](Task(self, job, here, list(there.values()), tell, deadline, timeout_s))
 
-    def _measure(self, job: dict, tflite: Path, tell: OnProgress, deadline: float, timeout_s: float | None) -> dict:
-        tell({"kind": "progress", "stage": "load"})
-        before, facts = self._state()
-        load_average = facts.pop("load_average", None)
-        spec = InputSpec.from_dict(job["spec"]) if job.get("spec") else None
-        shapes, input_shape = benchmark_model.wanted_shapes(tflite, job.get("batch", 1), spec)
-        samples, wanted = [], job["runs"]
-        inner = max(1, min(RUNS_PER_SAMPLE, job.get("max_runs", wanted) // wanted))
-        longest_s = 0.0
-        tell({"kind": "progress", "stage": "timing", "runs": wanted})
-        for _ in range(wanted):
-            started = time.monotonic()
-            if len(samples) >= FEW_SAMPLES and started + 2 * longest_s > deadline:
-                break
-            arguments = benchmark_model.arguments(
-                "model.tflite", self._target(job), runs=inner, warmup_runs=WARMUP_RUNS, inputs=shapes,
-                delegate=job.get("external_delegate_path", ""), full_delegation=not job.get("allow_fallback"),
-            )  # fmt: skip
-            samples.append(self._invoke(arguments, job, deadline))
-            longest_s = max(longest_s, time.monotonic() - started)
-        after, _ = self._state()
-        during = android.changes(before, after)
-        warnings = trust.warnings_of(facts, load_average, job["threads"], during, True, WARMUP_RUNS)
-        warnings += benchmark_model.doubts(samples, wanted, timeout_s)
-        peaks = [sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None]
-        return {
-            "load_ms": samples[0].init_ms,
-            "first_inference_ms": samples[0].first_inference_ms,
-            "warmup_ms": (),
-            "latency_ms": [sample.avg_ms for sample in samples],
-            "input_shape": input_shape,
-            "peak_rss_bytes": max(peaks, default=None),
-            "base_rss_bytes": None,
-            "device": {
-                **facts,
-                "runtime": "benchmark_model",
-                "runtime_version": sha256_of(self.tool)[:12],
-                "sample": f"average of {samples[0].runs} runs of one invocation",
-                "delegated": samples[-1].delegated,
-                **({"delegate_kernels": n} if (n := samples[-1].delegate_kernels) is not None else {}),
-                "during": during,
-            },
-            "load_average": load_average,
-            "warnings": warnings,
-        }
+    def invoke(self, name: str, job: dict, deadline: float, **options) -> benchmark_model.Report:
+        """One invocation on a file there; options are those of benchmark_model.arguments."""
+        arguments = benchmark_model.arguments(
+            name, self._target(job), delegate=job.get("external_delegate_path", ""),
+            full_delegation=not job.get("allow_fallback"), **options,
+        )  # fmt: skip
+        return self._invoke(arguments, job, deadline)
+
+    def state(self) -> tuple[State, dict]:
+        """What changes while it is measured, and the device's facts; what cannot be read is absent."""
+        return android.read(self._shell(android.COMMAND)[0])
+
+    def read(self, name: str) -> bytes:
+        """A file that was written there."""
+        with self._reaching(f"reading {name}"):
+            return self._device.sync.read_bytes(f"{self.folder}/{name}")
+
+    @property
+    def tool_version(self) -> str:
+        """The binary does not say its version: the beginning of its SHA-256."""
+        return sha256_of(self.tool)[:12]
 
     def _evaluate(self, job: dict, files: Mapping, outputs: Mapping, tell: OnProgress, deadline: float) -> dict:
         from mobile_bench.transports.adb_evaluate import evaluate_there
 
         invoke = lambda content, inputs: self._answer(content, inputs, job, deadline)
-        return evaluate_there(invoke, job, files, outputs, tell, f"benchmark_model {sha256_of(self.tool)[:12]}")
+        return evaluate_there(invoke, job, files, outputs, tell, f"benchmark_model {self.tool_version}")
 
     def _target(self, job: dict) -> Target:
         return replace(self.target, threads=job.get("threads", self.target.threads))
@@ -182,7 +159,7 @@ class Adb:
         self._push(content, "input.raw")
         self._checked("rm -f output.raw")
         arguments = benchmark_model.arguments(
-            "model.tflite", self._target(job), runs=1, warmup_runs=1, warmup_secs=0, inputs=inputs,
+            "tflite.tflite", self._target(job), runs=1, warmup_runs=1, warmup_secs=0, inputs=inputs,
             memory=False, value_files=dict.fromkeys(inputs, "input.raw"), output="output.raw",
             delegate=job.get("external_delegate_path", ""), full_delegation=not job.get("allow_fallback"),
         )  # fmt: skip
@@ -194,8 +171,7 @@ class Adb:
                 received=", ".join(f"--{name}" for name in sorted(lacking)) or "no output file",
                 next_step="Take a newer one, or evaluate here or by ssh: that needs Python on the device",
             )
-        with self._reaching("reading the answers"):
-            return self._device.sync.read_bytes(f"{self.folder}/output.raw")
+        return self.read("output.raw")
 
     def _invoke(self, arguments: list[str], job: dict, deadline: float) -> benchmark_model.Report:
         left_s = deadline - time.monotonic()
@@ -267,9 +243,12 @@ class Adb:
             server.check_okay()
             return dict(line.rsplit("\t", 1) for line in server.read_string_block().splitlines() if "\t" in line)
 
-    def _state(self) -> tuple[dict, dict]:
-        """What changes while it is measured, and the device's facts; what cannot be read is absent."""
-        return android.read(self._shell(android.COMMAND)[0])
+    def _push_once(self, source: Path, name: str, mode: int = 0o644) -> None:
+        digest = sha256_of(source)
+        if self._there.get(name) != digest:
+            self._there.pop(name, None)
+            self._push(source, name, mode)
+            self._there[name] = digest
 
     def _push(self, source: Path | bytes, name: str, mode: int = 0o644) -> None:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size

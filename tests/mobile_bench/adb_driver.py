@@ -2,7 +2,7 @@
 
 adbd listens on every address and lets anyone in, so it never runs outside of one. Prints one JSON object: what each
 case gave, and what it left on the device. WORK: an empty folder. ADBD: where its packages were unpacked. MODELS:
-holds int8.tflite, float32.tflite, text.tflite and sample.npz.
+holds int8.tflite, float32.tflite and text.tflite.
 """
 
 import json
@@ -36,6 +36,9 @@ model.set_tensor(details["index"], np.fromfile(sys.argv[2], details["dtype"]).re
 model.invoke()
 model.get_tensor(model.get_output_details()[0]["index"]).tofile(sys.argv[3])
 """
+
+
+RECORDED_PROFILE = (WORK / "profile.csv").read_text()
 
 
 def start_adbd():
@@ -80,6 +83,26 @@ def evaluate(model, mode="", module="mobile_bench.evaluate"):
             outputs={"out": WORK / f"{model}.npy"}, on_progress=said.append, timeout_s=60,
         )  # fmt: skip
     return {**value, "said": said}
+
+
+def compare():
+    """The second file is made 10% slower by the stand-in."""
+    job = {"tflites": 2, "specs": [None, None], "threads": 1, "runtime": "auto", "batch": 1, "seed": 0}
+    files = {"tflite_0": MODELS / "int8.tflite", "tflite_1": MODELS / "float32.tflite"}
+    with Adb(connection(), Target("adb", address=SERIAL)) as adb:
+        (Path(adb.folder) / "slow-tflite_1.tflite").touch()
+        rounds = [
+            adb.run("mobile_bench.interleave", {**job, "order_seed": n, "seconds": 0.0}, files=files) for n in (0, 1)
+        ]
+        pushed = sorted(path.name for path in Path(adb.folder).glob("*.tflite") if path.name[0] != "s")
+    return {"rounds": rounds, "pushed": pushed}
+
+
+def profile():
+    job = {"threads": 1, "runtime": "ai-edge-litert", "runs": 5, "seed": 0, "spec": None}
+    with Adb(connection(), Target("adb", address=SERIAL)) as adb:
+        (Path(adb.folder) / "profile.recorded").write_text(RECORDED_PROFILE)
+        return adb.run("mobile_bench.profile", job, files={"tflite": MODELS / "int8.tflite"})
 
 
 def unplug(folder):
@@ -140,6 +163,8 @@ CASES = {
     "evaluate int8": lambda: evaluate("int8"),
     "evaluate float32": lambda: evaluate("float32"),
     "evaluate with an old tool": lambda: evaluate("int8", "old"),
+    "compare": compare,
+    "profile": profile,
     "unplugged": lambda: measure("hang", meanwhile=unplug),
 }
 

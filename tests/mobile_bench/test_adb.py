@@ -10,16 +10,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mobile_bench.benchmark_model import parse_op_profile
+from mobile_bench.compare import verdicts_of
 from mobile_bench.errors import InputError, JobFailed, TransportError
 from mobile_bench.evaluate import predictions_only
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
+from mobile_bench.profile import profile
 from mobile_bench.records import Connection, Measurement, Target, from_dict, to_dict
 from mobile_bench.transports import adb as module
 from mobile_bench.transports import android, transport_for
@@ -28,6 +32,11 @@ HERE = Path(__file__).parent
 TOOL = HERE / "stand_in_benchmark_model.sh"
 ADBD = Path(os.environ.get("TFOPT_ADBD", Path.home() / ".cache/tfopt-dev/adbd/root"))
 SPEC, IMAGES = InputSpec(12, 12, 3), 5
+RECORDED_PROFILE = """\
+node type, first, avg_ms, %, cdf%, mem KB, times called, name
+CONV_2D, 0.135, 0.128, 76.1%, 76.1%, 0, 1, [a/Relu6, a/add;b]:0
+DEPTHWISE_CONV_2D, 0.05, 0.0402, 23.9%, 100%, 0, 2, [b]:1
+"""
 adbutils = pytest.importorskip("adbutils")
 
 
@@ -44,6 +53,7 @@ def real(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adb")
     np.savez(folder / "sample.npz", images=tiny.images[:IMAGES], labels=tiny.labels[:IMAGES])
     (folder / "spec.json").write_text(json.dumps(SPEC.to_dict()))
+    (folder / "profile.csv").write_text(RECORDED_PROFILE)
     # Its own home and folder for logs: adb makes keys and a log there.
     environment = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(HERE.parents[1]), "TMPDIR": str(folder)}
     for name in ("ANDROID_SERIAL", "ANDROID_ADB_SERVER_PORT", "ANDROID_ADB_SERVER_HOST"):
@@ -121,6 +131,34 @@ def test_a_fallback_is_a_measurement_only_where_it_is_allowed(real):
 def test_each_failure_has_its_kind_and_says_why(real, case, kind, words):
     assert real.cases[case].get("error") == kind, real.cases[case]
     assert words in real.cases[case]["text"]
+
+
+def test_files_take_turns_there(real):
+    value = real.cases["compare"]["value"]
+    assert value["pushed"] == ["tflite_0.tflite", "tflite_1.tflite"]
+    rounds = [answer["blocks"] for answer in value["rounds"]]
+    assert [[len(turn) for turn in turns] for turns in rounds] == [[2, 2, 2], [2, 2, 2]]
+    (verdict,) = verdicts_of(rounds * 3, ["0", "1"])
+    assert (verdict.verdict, round(verdict.ratio, 1)) == ("slower", 1.1)
+
+
+def test_the_tools_profile_is_read(real):
+    value = real.cases["profile"]["value"]
+    assert [(op["node_type"], op["avg_ms"]) for op in value["ops"]] == [
+        ("CONV_2D", 0.128),
+        ("DEPTHWISE_CONV_2D", 0.0402),
+    ]
+    assert (value["unprofiled_median_ms"], value["profiled_median_ms"]) == (2.781, 2.781)
+
+
+def test_a_profile_by_adb_has_shares(phone, tiny, monkeypatch):
+    ops = [asdict(op) for op in parse_op_profile(RECORDED_PROFILE)]
+    answer = {"ops": ops, "unprofiled_median_ms": 2.0, "profiled_median_ms": 2.1, "runtime": "benchmark_model x"}
+    phone({"A1": "device"})
+    monkeypatch.setattr(module.Adb, "run", lambda *_, **__: answer)
+    found = profile(tiny.path("int8"), Target("adb", address="A1"), connection=Connection("A1", tool=str(TOOL)))
+    assert [round(op.share, 3) for op in found.ops] == [0.761, 0.239]
+    assert found.total_ms == pytest.approx(0.1682) and found.by_type[0].name == "CONV_2D"
 
 
 @pytest.mark.parametrize("model", ["int8", "float32"])

@@ -40,6 +40,7 @@ MODULES = (
     "transports",
     "transports.adb",
     "transports.adb_evaluate",
+    "transports.adb_jobs",
     "transports.android",
     "transports.local",
     "transports.ssh",

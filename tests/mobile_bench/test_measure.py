@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobile_bench import lock, worker
-from mobile_bench.errors import InputError, ModelRefused
+from mobile_bench.errors import InputError, JobFailed, ModelRefused
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import open_model
@@ -27,7 +27,7 @@ def own_lock(tmp_path, monkeypatch):
 
 def test_a_measurement_says_all_that_was_learned(tiny):
     stages = []
-    found = measure(tiny.path("int8"), Target(threads=2), spec=SPEC, on_progress=stages.append)
+    found = measure(tiny.path("int8"), Target(threads=2), spec=SPEC, on_progress=stages.append, max_rounds=3)
     assert (found.status, found.kind, found.target) == ("ok", "latency", Target(threads=2))
     assert found.sha256 == sha256_of(tiny.path("int8"))
     assert found.input_shape == (1, 12, 12, 3) and found.batch == 1
@@ -38,17 +38,19 @@ def test_a_measurement_says_all_that_was_learned(tiny):
     assert found.device["runtime"] == "ai-edge-litert" and found.device["runtime_version"][0].isdigit()
     assert found.device["cores"] >= 1 and found.device["python"].startswith("3.")
     assert found.started_at.endswith("+00:00") and found.energy_source == "not measured"
-    assert [s["stage"] for s in stages if "stage" in s] == ["load", "warm-up", "timing"]
-    assert summarize(found).median_ms > 0
+    assert [s["stage"] for s in stages if "stage" in s] == ["load", "warm-up", "timing", "round", "round", "round"]
+    summary = summarize(found)
+    assert summary.rounds == len(found.rounds) == 3 and sum(found.rounds) == summary.samples
+    assert summary.median_low_ms < summary.median_ms < summary.median_high_ms
 
 
 def test_at_least_as_many_runs_as_asked_and_a_batch(tiny):
-    found = measure(tiny.path("float32"), batch=4, runs=1200, max_runs=60)
-    assert len(found.latency_ms) == 1200 and found.input_shape == (4, 12, 12, 3)
+    found = measure(tiny.path("float32"), batch=4, runs=1000, max_runs=60, max_rounds=3)
+    assert found.rounds == (334, 334, 334) and found.input_shape == (4, 12, 12, 3)
 
 
 def test_each_measurement_is_another_run(tiny):
-    first, second = (measure(tiny.path("float32"), max_runs=50) for _ in range(2))
+    first, second = (measure(tiny.path("float32"), max_runs=50, max_rounds=3) for _ in range(2))
     assert first.run_id != second.run_id and first.sha256 == second.sha256
 
 
@@ -79,9 +81,68 @@ def test_what_makes_no_sense_to_try_is_an_error(tiny, tmp_path):
     ):
         with pytest.raises(InputError, match=word):
             measure(tiny.path("float32"), target)
-    for options in ({"runs": 0}, {"batch": 0}, {"max_runs": -1}):
+    for options in ({"runs": 0}, {"batch": 0}, {"max_runs": -1}, {"rounds": 0}, {"max_rounds": 9999}, {"width": 0}):
         with pytest.raises(InputError, match="out of range"):
             measure(tiny.path("float32"), **options)
+
+
+class Scripted:
+    """A target whose rounds have these medians; an exception is raised in its turn."""
+
+    place = "scripted"
+
+    def __init__(self, *medians_ms):
+        self.left, self.jobs = list(medians_ms), []
+
+    __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+    def run(self, module, job, **_):
+        self.jobs.append(job)
+        median_ms = self.left.pop(0)
+        if isinstance(median_ms, Exception):
+            raise median_ms
+        return {
+            "load_ms": 10 * median_ms, "first_inference_ms": None, "warmup_ms": [9.0],
+            "latency_ms": [median_ms] * 5, "peak_rss_bytes": int(1000 * median_ms), "base_rss_bytes": None,
+            "device": {"cpu": "C", "runtime": "r", "runtime_version": "1", "during": {"seconds": median_ms}},
+            "load_average": None, "warnings": ["5 of it"],
+        }  # fmt: skip
+
+
+@pytest.fixture
+def scripted(monkeypatch, tiny):
+    def run(*medians_ms, **options):
+        target = Scripted(*medians_ms)
+        monkeypatch.setattr(sys.modules["mobile_bench.measure"], "transport_for", lambda *_: target)
+        return measure(tiny.path("float32"), **options), target
+
+    return run
+
+
+def test_rounds_go_on_until_the_interval_is_narrow(scripted):
+    """The second series' interval is 1.04% wide over 5 rounds and 0.79% over 6."""
+    found, _ = scripted(1.0, 1.0001, 1.0002, 1.5, 1.5)
+    assert found.rounds == (5, 5, 5)
+    found, target = scripted(1.0, 1.01, 1.0, 1.005, 1.005, 1.005, 1.005, 9.0, width=0.01)
+    assert len(found.rounds) == 6 and target.left == [1.005, 9.0]
+    assert found.load_ms == pytest.approx(10.05) and found.first_inference_ms is None and found.peak_rss_bytes == 1010
+    assert len(found.warmup_ms) == 6 and found.warnings == ("5 of it (in 6 of 6 processes)",)
+    assert [during["seconds"] for during in found.device["during"]][:2] == [1.0, 1.01]
+
+
+def test_rounds_have_a_limit_in_number_and_time(scripted):
+    found, _ = scripted(*[1.0, 2.0] * 9, max_rounds=6)
+    assert len(found.rounds) == 6
+    found, _ = scripted(*[1.0, 2.0] * 9, rounds=4, max_seconds=0.0)
+    assert len(found.rounds) == 4
+    found, target = scripted(1.0, rounds=1, max_rounds=1, runs=50)
+    assert found.rounds == () and len(found.latency_ms) == 5 and target.jobs[0]["runs"] == 50
+
+
+def test_what_earlier_rounds_measured_is_kept(scripted):
+    found, _ = scripted(1.0, 2.0, JobFailed("The process crashed"))
+    assert found.status == "failed" and found.rounds == (5, 5) and "crashed" in found.reason
+    assert summarize(found) is None
 
 
 def test_peak_memory_is_the_workers_own(tiny):
@@ -196,6 +257,7 @@ def test_planned_runs_fill_a_second_within_limits():
     assert worker.planned_runs(typical_ms=0.05, runs=50, max_runs=1000) == 1000
     assert worker.planned_runs(typical_ms=400.0, runs=50, max_runs=1000) == 50
     assert worker.planned_runs(typical_ms=0.05, runs=5000, max_runs=1000) == 5000
+    assert worker.planned_runs(typical_ms=5.0, runs=17, max_runs=333, timed_s=1 / 3) == 66
 
 
 def test_an_input_that_cannot_be_made_up_is_refused(tiny):

@@ -1,6 +1,7 @@
 """Measuring by SSH, against a real sshd on loopback."""
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -16,10 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mobile_bench.cli import main
+from mobile_bench.compare import compare
 from mobile_bench.errors import InputError, JobFailed, ModelRefused, TransportError
-from mobile_bench.evaluate import evaluate
+from mobile_bench.evaluate import evaluate, evaluate_apart
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
+from mobile_bench.profile import profile
 from mobile_bench.records import Connection, Target
 from mobile_bench.transports import transport_for
 from mobile_bench.transports.local import Local
@@ -156,7 +160,7 @@ def test_a_measurement_has_the_same_fields_as_here(board, tiny):
         assert bool(getattr(here, field.name)) == bool(getattr(there, field.name)) or field.name == "warnings"
     assert there.input_shape == (1, 12, 12, 3) and len(there.latency_ms) >= 50 and there.target == TARGET
     assert there.device.keys() == here.device.keys()
-    assert [s["stage"] for s in stages if "stage" in s] == ["load", "warm-up", "timing"]
+    assert [s["stage"] for s in stages if "stage" in s] == ["load", "warm-up", "timing", *["round"] * len(there.rounds)]
     assert emptied(board)
 
 
@@ -498,3 +502,32 @@ def test_local_refuses_in_the_same_words(board, tiny):
             transport.run("mobile_bench.worker", JOB, files={"tflite": tiny.path("text")})
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+# --- the commands
+
+
+def test_files_are_compared_profiled_and_evaluated_there(board, tiny):
+    files = [tiny.path("float32")] * 2
+    compared = compare(files, TARGET, connection=board, seconds=2, rounds=6)
+    assert compared.rounds == 6 and compared.verdicts[0].reference_ms > 0
+    assert profile(tiny.path("float32"), TARGET, connection=board, runs=5).ops
+    there = evaluate_apart(tiny.path("int8"), tiny.sample, SPEC, TARGET, connection=board)
+    here = evaluate_apart(tiny.path("int8"), tiny.sample, SPEC)
+    assert (there.predictions == here.predictions).all() and there.runtime == here.runtime
+    assert emptied(board)
+
+
+def test_evaluate_says_how_often_the_board_agrees(board, tiny, monkeypatch, capsys, tmp_path):
+    inventory = tmp_path / "targets.toml"
+    settings = {name: getattr(board, name) for name in ("identity_file", "known_hosts", "folder", "python")}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    inventory.write_text("\n".join(["[targets.board]", f'url = "ssh://{board.address}:{board.port}"', *lines]))
+    command = ["evaluate", str(tiny.path("int8")), "--sample", str(tiny.sample), "--input-spec", "scaling=signed"]
+    command += ["--target", "board", "--inventory", str(inventory), "--json"]
+    monkeypatch.setattr(sys, "argv", ["mobile-bench", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["same_as_here"] == said["images"] and said["target"].startswith("ssh-")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mobile_bench.errors import InputError
 from mobile_bench.records import Measurement, Target
-from mobile_bench.stats import median_interval, pareto, percentiles, summarize, wilson_interval
+from mobile_bench.stats import median_interval, pareto, percentiles, rounds_interval, summarize, wilson_interval
 
 
 def measurement(latency_ms, **fields):
@@ -106,3 +106,24 @@ def test_the_front_is_what_nobody_beats(rows):
     beats = lambda a, b: all(x >= y for x, y in zip(gain(a), gain(b))) and gain(a) != gain(b)
     expected = [i for i, row in enumerate(rows) if not any(beats(other, row) for other in rows)]
     assert pareto(rows, ("max", "min", "min")) == expected
+
+
+def test_the_interval_over_rounds_is_students():
+    """Medians e^0, e^0.01, e^0.02: standard deviation 0.01, t(0.975, 2) = 4.3027, so 0.024842 to each side."""
+    low, high = rounds_interval([[math.exp(value)] * 3 for value in (0.0, 0.01, 0.02)])
+    assert math.log(low) == pytest.approx(0.01 - 4.3027 * 0.01 / math.sqrt(3), abs=1e-5)
+    assert math.log(high) == pytest.approx(0.01 + 4.3027 * 0.01 / math.sqrt(3), abs=1e-5)
+    assert rounds_interval([[2.0], [2.0]]) == (2.0, 2.0)
+    with pytest.raises(InputError, match="two rounds"):
+        rounds_interval([[1.0, 2.0]])
+
+
+def test_the_interval_over_rounds_covers():
+    """Rounds that differ by 1% and samples within by 5%: 95% of the intervals hold the true median."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        rounds = [np.exp(random.normal(random.normal(0, 0.01), 0.05, 200)) for _ in range(4)]
+        low, high = rounds_interval(rounds)
+        held += low <= 1 <= high
+    assert 0.92 <= held / 400 <= 0.98

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from mobile_bench import trust
+from mobile_bench.errors import JobFailed
 from mobile_bench.trust import State, between, read_state, warnings_of
 
 
@@ -118,7 +119,21 @@ def test_a_measurement_says_what_happened_meanwhile(tiny, tmp_path, monkeypatch)
     from mobile_bench.measure import measure
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = measure(tiny.path("float32"), max_runs=50)
-    during = found.device["during"]
+    found = measure(tiny.path("float32"), max_runs=50, rounds=2, max_rounds=2)
+    during, _ = found.device["during"]
     assert during["seconds"] > 0 and during["busy_cores"] >= 0
     assert trust.BUSY_CORES < 1
+
+
+def test_the_warnings_of_several_processes_are_each_said_once():
+    hot = "the processor was at {} °C (from 80 on it may throttle)"
+    found = trust.of_processes([[hot.format(81)], [], [hot.format(85), "it ran on its battery"]])
+    assert found == (f"{hot.format(81)} (in 2 of 3 processes)", "it ran on its battery (in 1 of 3 processes)")
+    assert trust.of_processes([[hot.format(81)]]) == (hot.format(81),)
+
+
+def test_another_runtime_half_way_is_another_target():
+    one = {"cpu": "A", "machine": "x86_64", "runtime": "r", "runtime_version": "1"}
+    trust.check_same_machine([one, dict(one)])
+    with pytest.raises(JobFailed, match="different machines or runtimes"):
+        trust.check_same_machine([one, {**one, "runtime_version": "2"}])
