@@ -7,6 +7,7 @@ import typer
 from mobile_bench.cli_support import run_app
 from mobile_bench.commands.compare import compare, gate
 from mobile_bench.commands.evaluate import evaluate
+from mobile_bench.commands.fetch_tool import fetch_tool
 from mobile_bench.commands.profile import profile
 from mobile_bench.commands.run import run
 from mobile_bench.commands.sweep import sweep
@@ -40,7 +41,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, compare, gate, sweep, profile, evaluate):
+for command in (run, compare, gate, sweep, profile, evaluate, fetch_tool):
     app.command()(command)
 
 

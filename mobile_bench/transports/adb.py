@@ -28,6 +28,7 @@ from mobile_bench.errors import DelegateError, InputError, JobFailed, Problem, T
 from mobile_bench.files import sha256_of
 from mobile_bench.jobs import OnProgress
 from mobile_bench.records import Connection, Target
+from mobile_bench.tool import default_path
 from mobile_bench.transports import android
 from mobile_bench.transports.adb_jobs import JOBS, Task
 from mobile_bench.trust import State
@@ -55,14 +56,13 @@ class Adb:
         self.target = target or Target("adb", address=connection.address if connection else "")
         self.serial = connection.address if connection else self.target.address
         self.place = f"adb-{self.serial}"
-        self.tool = Path(connection.tool if connection else "").expanduser()
+        self.tool = Path(connection.tool).expanduser() if connection and connection.tool else default_path()
         self.parent = (connection.folder if connection else "") or PARENT
         if not self.tool.is_file():
             raise InputError(
                 "Measuring by adb needs TFLite's benchmark_model, built for the device",
-                received="no tool" if self.tool == Path() else self.tool,
-                next_step="Get the one for android_aarch64 from tensorflow.org/lite/performance/measurement and "
-                'name it as tool = "…" in the target\'s entry of targets.toml',
+                received=f"{self.tool}, which is not there",
+                next_step='Fetch it with: mobile-bench fetch-tool (or name yours as tool = "…" in targets.toml)',
             )
         self._there: dict[str, str] = {}
         self.folder, self._device, self._connected, self._can_time_out = "", None, None, False
