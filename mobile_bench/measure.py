@@ -22,15 +22,15 @@ from mobile_bench.stats import rounds_interval
 from mobile_bench.targets import Place
 from mobile_bench.transports import transport_for
 
-#: Rounds at least and at most, the interval's width to stop at, and the time after which no round begins.
-ROUNDS, MAX_ROUNDS, WIDTH, MAX_SECONDS = 3, 10, 0.02, 30.0
+#: Rounds at least, the interval's width to stop at, and the time after which no further round begins.
+ROUNDS, WIDTH, SECONDS = 3, 0.02, 2.0
 _LOCAL = Target()
 
 
 def measure(
     tflite: str | Path, target: Target = _LOCAL, *, connection: Connection | None = None, batch: int = 1,
-    runs: int = 50, max_runs: int = 1000, rounds: int = ROUNDS, max_rounds: int = MAX_ROUNDS, width: float = WIDTH,
-    max_seconds: float = MAX_SECONDS, spec: InputSpec | None = None, seed: int = 0,
+    runs: int = 50, max_runs: int = 1000, rounds: int = ROUNDS, width: float = WIDTH,
+    seconds: float = SECONDS, spec: InputSpec | None = None, seed: int = 0,
     on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600, kind: str = "latency",
 ) -> Measurement:  # fmt: skip
     """Time the inference of one file on one target, in several rounds.
@@ -43,8 +43,8 @@ def measure(
     random, the same for the same seed, scaled by `spec` where it fits.
 
     There are `rounds` rounds, and then more until the 95% interval of the median is narrower than `width` times
-    the median, up to max_rounds or until max_seconds are over. By adb there is one round, in which each sample
-    is a process of its own. kind: 'latency', or 'sweep' for a point of one.
+    the median, or until `seconds` have passed; 0 makes it exactly `rounds`. By adb there is one round, in which
+    each sample is a process of its own. kind: 'latency', or 'sweep' for a point of one.
 
     A file that the runtime refuses, or a delegate that does not really run it, gives a Measurement of status
     'refused'; a crash, a passed timeout_s (of one round) or a device that cannot be reached one of status
@@ -54,16 +54,16 @@ def measure(
     same machine, and says so through on_progress.
     """
     if target.transport == "adb":
-        rounds = max_rounds = 1
-    max_rounds = max(rounds, max_rounds)
+        rounds, seconds = 1, 0.0
     for name, value, most in (
         ("batch", batch, 4096), ("runs", runs, 100_000), ("max_runs", max_runs, 100_000), ("rounds", rounds, 1000),
-        ("max_rounds", max_rounds, 1000),
     ):  # fmt: skip
         if not isinstance(value, int) or not 1 <= value <= most:
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
     if not 0 < width < 10:
         raise InputError("width is out of range", received=width, allowed="a share of the median, such as 0.02")
+    if not 0 <= seconds <= 1e6:
+        raise InputError("seconds is out of range", received=seconds, allowed="0 to 1000000")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     check_can_run(target)
@@ -81,27 +81,21 @@ def measure(
         started = time.monotonic()
         try:
             with transport:
-                while not _enough(found, rounds, max_rounds, width, time.monotonic() - started < max_seconds):
+                while len(found) < rounds or (time.monotonic() - started < seconds and _width(found) > width):
                     found.append(
                         transport.run(
                             "mobile_bench.worker", job, files={"tflite": Path(tflite)},
                             on_progress=_relay(on_progress, len(found)), timeout_s=timeout_s,
                         )
                     )  # fmt: skip
-                    if on_progress and max_rounds > 1:
-                        on_progress(_state(found, rounds, max_rounds))
+                    if on_progress and rounds > 1:
+                        on_progress(_state(found))
                     trust.check_same_machine([answer["device"] for answer in found])
         except (ModelRefused, DelegateError) as refusal:
             return Measurement(**facts, **_together(found), status="refused", reason=str(refusal))
         except (JobFailed, TransportError) as failure:
             return Measurement(**facts, **_together(found), status="failed", reason=str(failure))
     return Measurement(**facts, **_together(found), status="ok")
-
-
-def _enough(found: list[dict], rounds: int, max_rounds: int, width: float, in_time: bool) -> bool:
-    if len(found) < rounds or len(found) >= max_rounds:
-        return len(found) >= rounds
-    return not in_time or _width(found) <= width
 
 
 def _width(found: list[dict]) -> float:
@@ -112,12 +106,10 @@ def _width(found: list[dict]) -> float:
     return high / low - 1
 
 
-def _state(found: list[dict], rounds: int, max_rounds: int) -> dict:
+def _state(found: list[dict]) -> dict:
     median_ms = statistics.median(value for answer in found for value in answer["latency_ms"])
-    width = _width(found)
-    shown = {"interval": f", 95% interval {width:.1%} wide"} if width < math.inf else {"interval": ""}
-    return {"kind": "progress", "stage": "round", "done": len(found), "least": rounds, "most": max_rounds,
-            "median_ms": median_ms, **shown}  # fmt: skip
+    shown = f", 95% interval {_width(found):.1%} wide" if len(found) > 2 else ""
+    return {"kind": "progress", "stage": "round", "done": len(found), "median_ms": median_ms, "interval": shown}
 
 
 def _relay(on_progress: OnProgress | None, done: int) -> OnProgress | None:

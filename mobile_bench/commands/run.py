@@ -34,10 +34,10 @@ def run(
         int, typer.Option(help="Timed inferences, at least; a fast model gets up to 1,000 in a second")
     ] = 50,
     rounds: Annotated[int, typer.Option(help="Fresh processes, at least")] = 3,
-    max_rounds: Annotated[int, typer.Option(help="Fresh processes, at most")] = 10,
     width: Annotated[
         float, typer.Option(help="Go on until the 95% interval of the median is narrower than this, in percent of it")
     ] = 2.0,
+    seconds: Annotated[float, typer.Option(help="No further process begins after this time")] = 2.0,
     runtime: Runtime = None,
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -75,6 +75,10 @@ def run(
 
         mobile-bench run model.tflite --target local --target ssh://pi@raspberry.local --target phone
 
+    As narrow as 0.5%, if that can be had within two minutes:
+
+        mobile-bench run model.tflite --width 0.5 --seconds 120
+
     Exit code 0: measured; 1: a worker crashed, took too long or could not be reached; 2: the file or an option
     cannot be used.
     """
@@ -95,7 +99,7 @@ def run(
         say_stage(message, f"{place.name}: " if len(places) > 1 else "")
 
     measurements = measure_on(
-        places, file, batch=batch, runs=runs, rounds=rounds, max_rounds=max_rounds, width=width / 100, spec=spec,
+        places, file, batch=batch, runs=runs, rounds=rounds, width=width / 100, seconds=seconds, spec=spec,
         seed=seed, on_progress=relay,
     )  # fmt: skip
     if folder:
@@ -118,6 +122,12 @@ def run(
             say(f"{prefix}{label}: {measurement.reason}", style="bold red")
         elif not as_json:
             Console().print(_run_table(f"{prefix}{file}", measurement, summary, deadline_fps))
+        wide = summary and summary.rounds > 1 and summary.median_high_ms / summary.median_low_ms - 1
+        if wide and wide > width / 100:
+            say(
+                f"{prefix}the interval is {wide:.1%} wide (above {width:g}%): for a narrower one give it more time, "
+                f"such as --seconds {max(30, int(10 * seconds))}", style="yellow",
+            )  # fmt: skip
         for warning in measurement.warnings:
             say(f"warning: {prefix}{warning}", style="yellow")
     statuses = {measurement.status for measurement in measurements}

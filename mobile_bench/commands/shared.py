@@ -102,7 +102,7 @@ def say_stage(message: dict, prefix: str = "") -> None:
     """One line a stage and no live display: redrawing would take time from a core that is being measured."""
     texts = {
         "load": "loading", "warm-up": "warming up", "timing": "timing {runs} runs",
-        "round": "process {done} of {least} to {most}: median {median}{interval}",
+        "round": "process {done}: median {median}{interval}",
     }  # fmt: skip
     median = ms(message["median_ms"]) if "median_ms" in message else ""
     text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message, median=median)

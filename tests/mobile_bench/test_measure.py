@@ -27,7 +27,7 @@ def own_lock(tmp_path, monkeypatch):
 
 def test_a_measurement_says_all_that_was_learned(tiny):
     stages = []
-    found = measure(tiny.path("int8"), Target(threads=2), spec=SPEC, on_progress=stages.append, max_rounds=3)
+    found = measure(tiny.path("int8"), Target(threads=2), spec=SPEC, on_progress=stages.append, seconds=0)
     assert (found.status, found.kind, found.target) == ("ok", "latency", Target(threads=2))
     assert found.sha256 == sha256_of(tiny.path("int8"))
     assert found.input_shape == (1, 12, 12, 3) and found.batch == 1
@@ -45,12 +45,12 @@ def test_a_measurement_says_all_that_was_learned(tiny):
 
 
 def test_at_least_as_many_runs_as_asked_and_a_batch(tiny):
-    found = measure(tiny.path("float32"), batch=4, runs=1000, max_runs=60, max_rounds=3)
+    found = measure(tiny.path("float32"), batch=4, runs=1000, max_runs=60, seconds=0)
     assert found.rounds == (334, 334, 334) and found.input_shape == (4, 12, 12, 3)
 
 
 def test_each_measurement_is_another_run(tiny):
-    first, second = (measure(tiny.path("float32"), max_runs=50, max_rounds=3) for _ in range(2))
+    first, second = (measure(tiny.path("float32"), max_runs=50, seconds=0) for _ in range(2))
     assert first.run_id != second.run_id and first.sha256 == second.sha256
 
 
@@ -81,7 +81,7 @@ def test_what_makes_no_sense_to_try_is_an_error(tiny, tmp_path):
     ):
         with pytest.raises(InputError, match=word):
             measure(tiny.path("float32"), target)
-    for options in ({"runs": 0}, {"batch": 0}, {"max_runs": -1}, {"rounds": 0}, {"max_rounds": 9999}, {"width": 0}):
+    for options in ({"runs": 0}, {"batch": 0}, {"max_runs": -1}, {"rounds": 0}, {"seconds": -1}, {"width": 0}):
         with pytest.raises(InputError, match="out of range"):
             measure(tiny.path("float32"), **options)
 
@@ -123,19 +123,17 @@ def test_rounds_go_on_until_the_interval_is_narrow(scripted):
     """The second series' interval is 1.04% wide over 5 rounds and 0.79% over 6."""
     found, _ = scripted(1.0, 1.0001, 1.0002, 1.5, 1.5)
     assert found.rounds == (5, 5, 5)
-    found, target = scripted(1.0, 1.01, 1.0, 1.005, 1.005, 1.005, 1.005, 9.0, width=0.01)
+    found, target = scripted(1.0, 1.01, 1.0, 1.005, 1.005, 1.005, 1.005, 9.0, width=0.01, seconds=60)
     assert len(found.rounds) == 6 and target.left == [1.005, 9.0]
     assert found.load_ms == pytest.approx(10.05) and found.first_inference_ms is None and found.peak_rss_bytes == 1010
     assert len(found.warmup_ms) == 6 and found.warnings == ("5 of it (in 6 of 6 processes)",)
     assert [during["seconds"] for during in found.device["during"]][:2] == [1.0, 1.01]
 
 
-def test_rounds_have_a_limit_in_number_and_time(scripted):
-    found, _ = scripted(*[1.0, 2.0] * 9, max_rounds=6)
-    assert len(found.rounds) == 6
-    found, _ = scripted(*[1.0, 2.0] * 9, rounds=4, max_seconds=0.0)
+def test_without_seconds_there_are_just_the_rounds(scripted):
+    found, _ = scripted(*[1.0, 2.0] * 9, rounds=4, seconds=0)
     assert len(found.rounds) == 4
-    found, target = scripted(1.0, rounds=1, max_rounds=1, runs=50)
+    found, target = scripted(1.0, rounds=1, seconds=0, runs=50)
     assert found.rounds == () and len(found.latency_ms) == 5 and target.jobs[0]["runs"] == 50
 
 
