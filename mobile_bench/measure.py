@@ -23,7 +23,7 @@ from mobile_bench.targets import Place
 from mobile_bench.transports import transport_for
 
 #: Rounds at least, the interval's width to stop at, and the time after which no further round begins.
-ROUNDS, WIDTH, SECONDS = 3, 0.02, 2.0
+ROUNDS, WIDTH, SECONDS = 3, 0.02, 1.5
 _LOCAL = Target()
 
 

@@ -37,7 +37,7 @@ def run(
     width: Annotated[
         float, typer.Option(help="Go on until the 95% interval of the median is narrower than this, in percent of it")
     ] = 2.0,
-    seconds: Annotated[float, typer.Option(help="No further process begins after this time")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="No further process begins after this time")] = 1.5,
     runtime: Runtime = None,
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
