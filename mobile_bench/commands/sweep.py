@@ -1,8 +1,12 @@
-"""`mobile-bench sweep`: how a file scales with threads and batch."""
+"""`mobile-bench sweep`: how a file scales with threads, batch, input size and streams."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import uuid
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,17 +23,32 @@ def sweep(
     file: File,
     threads: Annotated[str, typer.Option(help="Thread counts to try, such as 1,2,4")] = "1,2",
     batch: Annotated[str, typer.Option(help="Images per inference to try, such as 1,4,16")] = "1,4,16",
+    size: Annotated[
+        str,
+        typer.Option(help="Input heights, equal to widths, to try, such as 96,128,160; for files that leave it open"),
+    ] = "",
+    streams: Annotated[
+        str, typer.Option(help="Processes that run the file at once to try, such as 1,2,4; threads are of each")
+    ] = "",
     runs: Annotated[int, typer.Option(help="Timed inferences of each point, at least")] = 30,
     runtime: Runtime = "auto",
     input_spec: Spec = "",
     seed: Annotated[int, typer.Option(help="Seed of the random input")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure every combination of thread count and batch, each in a fresh process.
+    """Measure every combination of input size, batch and thread count, each in fresh processes.
 
     What is the highest throughput, and what does it cost in latency?
 
         mobile-bench sweep model.tflite --threads 1,2,4 --batch 1,8,32
+
+    What does a larger picture cost?
+
+        mobile-bench sweep open_size.tflite --size 96,128,160 --threads 1 --batch 1
+
+    How many cameras can it serve at once, and what becomes of the slowest answers?
+
+        mobile-bench sweep model.tflite --streams 1,2,4 --threads 1 --batch 1
 
     Exit code 0: all points measured; 1: one failed or was refused (it is shown with its reason); 2: the file or
     an option cannot be used.
@@ -39,38 +58,46 @@ def sweep(
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.measure import measure
     from mobile_bench.metadata import recorded_spec
+    from mobile_bench.streams import MOST_STREAMS, measure_streams
 
-    points = [(t, b) for b in _counts("batch", batch, 4096) for t in _counts("threads", threads, 256)]
+    sizes = _counts("size", size, 65_536) if size.strip() else [None]
+    together = _counts("streams", streams, MOST_STREAMS) if streams.strip() else [None]
+    batches, thread_counts = _counts("batch", batch, 4096), _counts("threads", threads, 256)
+    points = list(product(sizes, batches, thread_counts, together))
     if len(points) > _MOST_POINTS:
         raise InputError("The sweep has too many points", received=len(points), allowed=f"up to {_MOST_POINTS}")
     check_is_tflite(file)
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    found = []
+    refusals = {side: _size_refusal(file, side) for side in sizes if side}
+    found, shared = [], []
     with bar("measuring") as progress:
-        for number, (thread_count, images) in enumerate(points):
+        for number, (side, images, thread_count, count) in enumerate(points):
             progress(number, len(points))
             target = records.Target(threads=thread_count, runtime=runtime)
-            found.append(
-                measure(
-                    file, target, batch=images, runs=runs, spec=spec, seed=seed, kind="sweep",
-                    on_progress=lambda message: say(message["text"], style="dim") if message.get("text") else None,
-                )
-            )  # fmt: skip
+            if refusals.get(side):
+                found.append(_refused(file, target, images, refusals[side]))
+                shared.append(None)
+                continue
+            sized = replace(spec or InputSpec(1, 1, 3), height=side, width=side) if side else spec
+            options = {"batch": images, "runs": runs, "spec": sized, "seed": seed, "on_progress": _say_text}
+            shared.append(measure_streams(file, count, target, **options) if count else None)
+            found.append(shared[-1].measurement if count else measure(file, target, kind="sweep", **options))
     summaries = [stats.summarize(measurement) for measurement in found]
+    facts = _stream_facts(points, shared)
     if as_json:
         print_json(
             {
                 "schema_version": records.SCHEMA_VERSION,
                 "points": [
-                    {"measurement": records.to_dict(m), "summary": asdict(s) if s else None}
-                    for m, s in zip(found, summaries)
+                    {"measurement": records.to_dict(m), "summary": asdict(s) if s else None, **extra}
+                    for m, s, extra in zip(found, summaries, facts)
                 ],
             }
         )
     else:
-        Console().print(_table(str(file), found, summaries))
+        Console().print(_table(str(file), found, summaries, [point[0] for point in points], facts))
     for warning in dict.fromkeys(warning for measurement in found for warning in measurement.warnings):
         say(f"warning: {warning}", style="yellow")
     if None in summaries:
@@ -87,25 +114,87 @@ def _counts(name: str, text: str, most: int) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _table(title: str, found, summaries) -> Table:
+def _say_text(message: dict) -> None:
+    if message.get("text"):
+        say(message["text"], style="dim")
+
+
+def _stream_facts(points: list[tuple], shared: list) -> list[dict]:
+    """What each point's record has besides the measurement: 'streams' where they were asked for.
+
+    efficiency is None where one stream alone was not measured at that size, batch and thread count.
+    """
+    alone = {point[:3]: found.fps for point, found in zip(points, shared) if found and found.streams == 1}
+    facts = []
+    for point, found in zip(points, shared):
+        if point[3] is None:
+            facts.append({})
+            continue
+        single = alone.get(point[:3])
+        efficiency = found.efficiency(single) if found and found.fps and single else None
+        streams = {"streams": point[3], "fps": found.fps if found else 0.0, "efficiency": efficiency}
+        facts.append({"streams": {**streams, "per_stream": found.per_stream() if found else []}})
+    return facts
+
+
+def _size_refusal(file: Path, side: int) -> str:
+    """Why the file cannot be run on pictures of side x side, '' where it can."""
+    from mobile_bench.flatbuffer import read_model
+
+    graph = read_model(file).main
+    pictures = [graph.tensors[index] for index in graph.inputs if len(graph.tensors[index].shape) == 4]
+    if not pictures:
+        return "The file takes no picture, so that it has no input size"
+    for tensor in pictures:
+        if -1 not in tensor.shape_signature[1:3] and tensor.shape[1:3] != (side, side):
+            return (
+                f"The file fixes its input at {tensor.shape[1]}x{tensor.shape[2]}. "
+                "Export it with an open height and width, or once for each size"
+            )
+    return ""
+
+
+def _refused(file: Path, target, batch: int, reason: str):
+    """The record of a point that need not be tried."""
+    from mobile_bench.files import sha256_of
+    from mobile_bench.records import Measurement
+
+    return Measurement(
+        uuid.uuid4().hex[:8], "sweep", sha256_of(file), target, "refused", reason, batch,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _table(title: str, found, summaries, sizes: list[int | None], facts: list[dict]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("Batch", "Threads", "Median", "p90", "Images/s", "Speed-up", "Peak memory"):
+    sized, together = any(sizes), any(facts)
+    names = ["Batch", "Threads", *(["Streams"] if together else []), "Median", "p99" if together else "p90", "Images/s"]
+    for name in (*(["Size"] if sized else []), *names, "Efficiency" if together else "Speed-up", "Peak memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    best = max((s.fps for s in summaries if s), default=0.0)
-    first = next((s.fps for s in summaries if s), 0.0)
-    for measurement, summary in zip(found, summaries):
-        head = (str(measurement.batch), str(measurement.target.threads))
+    rates = [extra["streams"]["fps"] if extra else s.fps if s else 0.0 for s, extra in zip(summaries, facts)]
+    best, first = max(rates), next((rate for rate in rates if rate), 0.0)
+    for measurement, summary, side, extra, rate in zip(found, summaries, sizes, facts, rates):
+        head = [f"{side}x{side}"] if sized else []
+        head += [str(measurement.batch), str(measurement.target.threads)]
+        head += [str(extra["streams"]["streams"])] if together else []
         if summary is None:
             table.add_row(*head, f"[red]{measurement.status}[/]", measurement.reason.partition(". ")[0])
             continue
         peak = "" if measurement.peak_rss_bytes is None else f"{measurement.peak_rss_bytes / 2**20:.1f} MiB"
+        gain = f"{rate / first:.2f}x"
+        if together:
+            efficiency = extra["streams"]["efficiency"]
+            gain = "" if efficiency is None else f"{efficiency:.0%}"
+        slow_ms = summary.p99_ms if together else summary.p90_ms
         table.add_row(
-            *head, ms(summary.median_ms), ms(summary.p90_ms), f"{summary.fps:,.0f}", f"{summary.fps / first:.2f}x",
-            peak, style="bold green" if summary.fps == best else "",
+            *head, ms(summary.median_ms), ms(slow_ms), f"{rate:,.0f}", gain, peak,
+            style="bold green" if rate == best else "",
         )  # fmt: skip
-    device = found[0].device
+    device = next((measurement.device for measurement in found if measurement.device), {})
     table.caption = (
         f"{device.get('cpu', 'unknown CPU')}, {device.get('cores', '?')} core(s); green: most images a second"
     )
+    if together:
+        table.caption += "; Efficiency: images a second over those of as many single streams (ask for 1, too)"
     table.caption_justify = "left"
     return table

@@ -38,6 +38,22 @@ def test_a_point_that_fails_is_a_row_with_its_reason(sweep, tiny):
     assert done.returncode == 1 and "failed" in done.stdout and "Traceback" not in done.stderr
 
 
+def test_sizes_are_measured_where_the_file_leaves_them_open(sweep, tiny):
+    done = sweep(tiny.path("open_size"), "--size", "16,24", "--threads", "1", "--batch", "1,2", "--json")
+    assert done.returncode == 0, done.stderr
+    shapes = [tuple(p["measurement"]["input_shape"]) for p in json.loads(done.stdout)["points"]]
+    assert shapes == [(1, 16, 16, 3), (2, 16, 16, 3), (1, 24, 24, 3), (2, 24, 24, 3)]
+
+
+def test_a_size_that_the_file_does_not_have_is_refused_and_the_others_go_on(sweep, tiny):
+    done = sweep(tiny.path("int8"), "--size", "16,12", "--threads", "1", "--batch", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for text in ("Size", "16x16", "refused", "fixes its input at 12x12", "12x12", "1.00x"):
+        assert text in done.stdout
+    plain = sweep(tiny.path("int8"), "--threads", "1", "--batch", "1")
+    assert plain.returncode == 0 and "Size" not in plain.stdout
+
+
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "a", "-1", "1.5", "1;2", "9999"])
 def test_counts_are_checked(text):
     with pytest.raises(InputError, match="not a list of counts"):
