@@ -7,6 +7,7 @@ a few milliseconds of one file, so that a change of frequency or a busy neighbou
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
@@ -15,9 +16,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobile_bench import device, trust
+from mobile_bench import delegates, device, trust
 from mobile_bench.inputs import InputSpec
-from mobile_bench.interpreter import Model, load_runtime, open_model
+from mobile_bench.interpreter import Model, load_runtime
 from mobile_bench.jobs import serve
 from mobile_bench.worker import STEADY_CHANGE, STEADY_RUNS, random_inputs, time_runs, warm_up
 
@@ -34,20 +35,28 @@ def time_in_turns(job: dict, emit: Callable[..., None]) -> dict:
     job: tflites (how many; their paths are tflite_0, tflite_1, …), specs (one a file, or None), threads,
     runtime, batch, seed (of the inputs, the same in each round), order_seed (another in each round), seconds
     (of timing). Gives blocks: for each turn, for each file in the order of the job, its latencies in
-    milliseconds; and what measure_latency says of the machine.
+    milliseconds; and what measure_latency says of the machine. The keys for another processor than the CPU are
+    those of measure_latency, with reference_0, reference_1, … instead of reference; the answer then has
+    delegated_ops, fallback_ops and output_drift, each a list with one entry a file.
     """
+    wanted = [
+        delegates.Wanted.of({**job, "reference": job.get(f"reference_{index}")}) for index in range(job["tflites"])
+    ]
     load_runtime(job["runtime"])
     facts, load_average = device.describe(), device.load_average()
     order = np.random.default_rng(job["order_seed"])
     emit("progress", stage="load")
     models: list[Model] = [None] * job["tflites"]
+    drifts: list[float | None] = [None] * job["tflites"]
     for index in order.permutation(job["tflites"]):
         spec = InputSpec.from_dict(job["specs"][index]) if job["specs"][index] else None
-        models[index] = model = open_model(
-            job[f"tflite_{index}"], job["threads"], job["runtime"], batch=job["batch"],
-            size=(spec.height, spec.width) if spec else None,
-        )  # fmt: skip
-        model.set_inputs(*random_inputs(model, spec, job["seed"]))
+        path, size = job[f"tflite_{index}"], (spec.height, spec.width) if spec else None
+        models[index] = model = delegates.open_on(wanted[index], path, job, size)
+        inputs = functools.partial(random_inputs, model, spec)
+        model.set_inputs(*inputs(job["seed"]))
+        if wanted[index]:
+            model.run()
+            drifts[index] = delegates.check(wanted[index], model, path, job, size, inputs)
     gc.collect()
     gc.disable()
     emit("progress", stage="warm-up")
@@ -63,12 +72,19 @@ def time_in_turns(job: dict, emit: Callable[..., None]) -> dict:
         blocks.append(turn)
     during = trust.between(before, trust.read_state())
     steady, warmup_runs = all(settled for _, settled in warm), max(len(times_ms) for times_ms, _ in warm)
-    runtime = models[0].runtime
+    used = {"runtime": models[0].runtime.name, "runtime_version": models[0].runtime.version, "during": during}
+    placed = {
+        "delegated_ops": [model.delegated_ops for model in models],
+        "fallback_ops": [model.fallback_ops for model in models],
+        "output_drift": drifts,
+    }
+    found = trust.warnings_of(facts, load_average, job["threads"], during, steady, warmup_runs, STEADY_CHANGE)
     return {
+        **(placed if wanted[0] else {}),
         "blocks": blocks,
-        "device": {**facts, "runtime": runtime.name, "runtime_version": runtime.version, "during": during},
+        "device": {**facts, **models[0].facts, **used},
         "load_average": load_average,
-        "warnings": trust.warnings_of(facts, load_average, job["threads"], during, steady, warmup_runs, STEADY_CHANGE),
+        "warnings": [*found, *dict.fromkeys(warning for model in models for warning in model.warnings)],
     }
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,19 @@ class Runtime:
 class Model:
     """A .tflite that is loaded and ready to run. Not for use by two threads at once.
 
-    inputs, outputs: records.Tensor, with the shapes in force now. runtime: the Runtime in use.
+    inputs, outputs: records.Tensor, with the shapes in force now. runtime: the Runtime in use. delegated_ops,
+    fallback_ops: the operations that a delegate took and those left to the CPU, () without one. facts: what a
+    record of the device should say of how it runs, {} on the CPU; warnings: what makes its times doubtful; said:
+    what the accelerator itself found odd in the file.
     """
 
-    def __init__(self, runtime: Runtime, interpreter):
+    warnings: tuple[str, ...] = ()
+    said = ""
+
+    def __init__(self, runtime: Runtime, interpreter, delegated_ops: tuple[str, ...] = (), fallback_ops=()):
         self.runtime = runtime
+        self.delegated_ops, self.fallback_ops = delegated_ops, fallback_ops
+        self.facts: dict = {}
         self._interpreter = interpreter
         self._input_places = [details["index"] for details in interpreter.get_input_details()]
         self._output_places = [details["index"] for details in interpreter.get_output_details()]
@@ -73,14 +81,14 @@ class Model:
             try:
                 self._interpreter.set_tensor(place, value)
             except (ValueError, RuntimeError) as error:
-                raise _refusal(error) from error
+                raise refusal_of(error) from error
 
     def run(self) -> None:
         """Compute the outputs from the inputs in place."""
         try:
             self._interpreter.invoke()
         except (ValueError, RuntimeError) as error:
-            raise _refusal(error) from error
+            raise refusal_of(error) from error
 
     def get_outputs(self) -> list[np.ndarray]:
         """The outputs as the file gives them, as copies."""
@@ -94,26 +102,33 @@ class Model:
 
 def open_model(
     path: str | Path, threads: int = 1, runtime: str = "auto", *, batch: int = 1,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, delegate: object = None,
 ) -> Model:  # fmt: skip
     """Load a .tflite and allocate its tensors.
 
     batch: images per inference; the first dimension of every input is resized to it. size: (height,
-    width) for a file that leaves them open. Raises InputError (no such file, no runtime) or
+    width) for a file that leaves them open. delegate: what mobile_bench.delegates.load gave; it takes what it
+    can before the CPU does, or DelegateError is raised. Raises InputError (no such file, no runtime) or
     ModelRefused (not a .tflite, truncated, an operation the runtime lacks, a shape it cannot take). A
     file that lies about its own structure can crash the process: run strangers' files in a child, as
     mobile_bench.measure and the command line do.
     """
     found = load_runtime(runtime)
     check_is_tflite(path)
-    with _quiet():
+    placement: tuple = ()
+    # What a delegate says is passed on at once: it may be its last words.
+    with _quiet() if delegate is None else nullcontext():
         try:
             interpreter = found.interpreter(model_path=str(path), num_threads=threads)
             _resize(interpreter, batch, size)
+            if delegate is not None:
+                from mobile_bench.delegates import apply
+
+                placement = apply(delegate, interpreter)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError, MemoryError) as error:
-            raise _refusal(error, Path(path)) from error
-    return Model(found, interpreter)
+            raise refusal_of(error, Path(path)) from error
+    return Model(found, interpreter, *placement)
 
 
 @functools.cache
@@ -188,21 +203,29 @@ def _tensor(details: dict) -> Tensor:
 
 def _resize(interpreter, batch: int, size: tuple[int, int] | None) -> None:
     for details in interpreter.get_input_details():
-        now, signature = [int(n) for n in details["shape"]], [int(n) for n in details["shape_signature"]]
-        wanted = [batch, *now[1:]] if now else now
-        if any(n < 0 for n in signature[1:]):
-            if size is None or len(now) != 4:
-                raise ModelRefused(
-                    "The file leaves its input's size open",
-                    received=f"input {details['name']!r} of shape {tuple(signature)}",
-                    next_step="Say it with --input-spec size=224 (or whatever it was trained on)",
-                )
-            wanted[1:3] = size
+        now = [int(n) for n in details["shape"]]
+        wanted = wanted_shape(details["name"], now, [int(n) for n in details["shape_signature"]], batch, size)
         if wanted != now:
             interpreter.resize_tensor_input(details["index"], wanted)
 
 
-def _refusal(error: Exception, path: Path | None = None) -> ModelRefused:
+def wanted_shape(
+    name: str, now: list[int], signature: list[int], batch: int, size: tuple[int, int] | None
+) -> list[int]:
+    """The shape that an input is to have: `batch` first, and `size` where its signature leaves the size open."""
+    wanted = [batch, *now[1:]] if now else now
+    if any(n < 0 for n in signature[1:]):
+        if size is None or len(now) != 4:
+            raise ModelRefused(
+                "The file leaves its input's size open",
+                received=f"input {name!r} of shape {tuple(signature)}",
+                next_step="Say it with --input-spec size=224 (or whatever it was trained on)",
+            )
+        wanted[1:3] = size
+    return wanted
+
+
+def refusal_of(error: Exception, path: Path | None = None) -> ModelRefused:
     """A runtime's message as one clear sentence. Its wording differs between versions, so fall back to it."""
     text = " ".join(str(error).split())
     if "unresolved custom op" in text.lower():
@@ -234,6 +257,19 @@ _STDERR = threading.Lock()
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the runtime's INFO lines, which native code writes, from the user's terminal; pass on the rest."""
+    lines: list[bytes] = []
+    try:
+        with listening(lines):
+            yield
+    finally:
+        kept = [line for line in lines if not line.startswith((b"INFO:", b"VERBOSE:"))]
+        if kept:
+            os.write(2, b"".join(kept))
+
+
+@contextmanager
+def listening(lines: list[bytes]) -> Iterator[None]:
+    """Put what is written to standard error meanwhile, by native code too, into `lines` when the block ends."""
     with _STDERR, tempfile.TemporaryFile() as caught:
         if sys.stderr is not None:
             sys.stderr.flush()
@@ -247,8 +283,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             os.dup2(saved, 2)
-            caught.seek(0)
-            kept = [line for line in caught if not line.startswith((b"INFO:", b"VERBOSE:"))]
-            if kept:
-                os.write(saved, b"".join(kept))
             os.close(saved)
+            caught.seek(0)
+            lines += caught

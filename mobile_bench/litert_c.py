@@ -90,7 +90,7 @@ _TEXTS: list[ctypes.Array] = []
 
 def load() -> tuple[ctypes.CDLL, str]:
     """The library and its version. InputError where there is none, or none that can profile here."""
-    _check_cpu(platform.machine(), Path("/proc/cpuinfo"))
+    check_atomics(platform.machine(), Path("/proc/cpuinfo"))
     path, version = _find()
     try:
         library = ctypes.CDLL(str(path))
@@ -130,7 +130,7 @@ def _lacking(received: str) -> InputError:
     )  # fmt: skip
 
 
-def _check_cpu(machine: str, cpuinfo: Path) -> None:
+def check_atomics(machine: str, cpuinfo: Path) -> None:
     """Refuse the ARM cores on which the library aborts: those without atomics (ARMv8.0)."""
     if machine not in ("aarch64", "arm64") or not cpuinfo.is_file():
         return

@@ -3,7 +3,8 @@
 Started fresh for each measurement by a transport as `python -m mobile_bench.worker job.json`; it imports
 numpy and a runtime, nothing more. The clock (time.perf_counter_ns) is read directly around the runtime's
 own invoke: the input is in place before it starts and the output is not read, so a latency is what the
-model costs, without preparing images or reading answers.
+model costs, without preparing images or reading answers. On a GPU the output is read as well, because a GPU
+has not computed it before.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobile_bench import device, trust
+from mobile_bench import delegates, device, trust
 from mobile_bench.errors import ModelRefused
 from mobile_bench.inputs import InputSpec
-from mobile_bench.interpreter import Model, load_runtime, open_model, quantize
+from mobile_bench.interpreter import Model, load_runtime, quantize
 from mobile_bench.jobs import serve
 from mobile_bench.records import Tensor
 
@@ -35,22 +36,26 @@ def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
     """What one job says about its file: the fields of a Measurement that only the worker can know.
 
     job: tflite, threads, runtime, batch, runs (at least), max_runs, seed, spec (a dict or None),
-    timed_s (TIMED_S where absent).
+    timed_s (TIMED_S where absent). On another processor than the CPU also accelerator, delegate (its library),
+    delegate_options, allow_fallback, reference (see delegates.Wanted); the answer then has delegated_ops,
+    fallback_ops and output_drift too, and DelegateError is raised before anything is timed that means nothing.
     """
+    wanted = delegates.Wanted.of(job)
     load_runtime(job["runtime"])  # importing it is no part of loading the file
     spec = InputSpec.from_dict(job["spec"]) if job["spec"] else None
     facts, load_average, base_rss_bytes = device.describe(), device.load_average(), device.peak_rss_bytes()
     emit("progress", stage="load")
+    size = (spec.height, spec.width) if spec else None
     started = time.perf_counter_ns()
-    model = open_model(
-        job["tflite"], job["threads"], job["runtime"], batch=job["batch"],
-        size=(spec.height, spec.width) if spec else None,
-    )  # fmt: skip
+    model = delegates.open_on(wanted, job["tflite"], job, size)
     load_ms = _since_ms(started)
     model.set_inputs(*random_inputs(model, spec, job["seed"]))
     started = time.perf_counter_ns()
     model.run()
     first_inference_ms = _since_ms(started)
+    # The CPU's copy of the model is no part of what the accelerator needs.
+    peak_rss_bytes = device.peak_rss_bytes() if wanted else None
+    drift = delegates.check(wanted, model, job["tflite"], job, size, lambda seed: random_inputs(model, spec, seed))
     gc.collect()
     gc.disable()
     emit("progress", stage="warm-up")
@@ -63,22 +68,25 @@ def measure_latency(job: dict, emit: Callable[..., None]) -> dict:
     latency_ms = time_runs(model, runs)
     during = trust.between(before, trust.read_state())
     warnings = trust.warnings_of(facts, load_average, job["threads"], during, steady, len(warmup_ms), STEADY_CHANGE)
+    placed = {"delegated_ops": model.delegated_ops, "fallback_ops": model.fallback_ops, "output_drift": drift}
     return {
+        **(placed if wanted else {}),
         "load_ms": load_ms,
         "first_inference_ms": first_inference_ms,
         "warmup_ms": warmup_ms,
         "latency_ms": latency_ms,
         "input_shape": model.inputs[0].shape if model.inputs else (),
-        "peak_rss_bytes": device.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes or device.peak_rss_bytes(),
         "base_rss_bytes": base_rss_bytes,
         "device": {
             **facts,
+            **model.facts,
             "runtime": model.runtime.name,
             "runtime_version": model.runtime.version,
             "during": during,
         },
         "load_average": load_average,
-        "warnings": warnings,
+        "warnings": [*warnings, *model.warnings],
     }
 
 

@@ -300,11 +300,11 @@ def test_arm_cores_without_atomics_are_refused(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\nCPU part\t: 0xd08\n")
     with pytest.raises(InputError, match="processor"):
-        litert_c._check_cpu("aarch64", cpuinfo)
-    litert_c._check_cpu("x86_64", cpuinfo)
-    litert_c._check_cpu("aarch64", tmp_path / "none")
+        litert_c.check_atomics("aarch64", cpuinfo)
+    litert_c.check_atomics("x86_64", cpuinfo)
+    litert_c.check_atomics("aarch64", tmp_path / "none")
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd crc32 atomics fphp cpuid\n")
-    litert_c._check_cpu("aarch64", cpuinfo)
+    litert_c.check_atomics("aarch64", cpuinfo)
 
 
 def test_the_command_prints_a_table_and_both_totals(command, tiny):
