@@ -9,7 +9,10 @@ from mobile_bench.commands.compare import compare, gate
 from mobile_bench.commands.evaluate import evaluate
 from mobile_bench.commands.fetch_tool import fetch_tool
 from mobile_bench.commands.profile import profile
+from mobile_bench.commands.roofline import roofline
 from mobile_bench.commands.run import run
+from mobile_bench.commands.stream import stream
+from mobile_bench.commands.sustained import sustained
 from mobile_bench.commands.sweep import sweep
 
 app = typer.Typer(
@@ -41,7 +44,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, compare, gate, sweep, profile, evaluate, fetch_tool):
+for command in (run, compare, gate, sweep, profile, roofline, stream, sustained, evaluate, fetch_tool):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 HEAVY = {"tensorflow", "keras", "tf_keras", "pandas", "streamlit", "altair", "tfopt", "dashboard", "sklearn", "yaml"}
 MODULES = (
+    "arena",
     "benchmark_model",
     "cli",
     "cli_support",
@@ -12,17 +13,24 @@ MODULES = (
     "commands.evaluate",
     "commands.fetch_tool",
     "commands.profile",
+    "commands.roofline",
     "commands.run",
     "commands.shared",
+    "commands.stream",
+    "commands.sustained",
     "commands.sweep",
     "compare",
+    "delegates",
     "device",
+    "energy",
     "errors",
     "evaluate",
     "files",
     "flatbuffer",
     "flattables",
+    "frames",
     "gate",
+    "gpu",
     "inputs",
     "interleave",
     "interpreter",
@@ -31,14 +39,24 @@ MODULES = (
     "lock",
     "measure",
     "metadata",
+    "meter_log",
     "opcost",
     "profile",
     "records",
+    "roofline",
+    "roofline_picture",
     "stats",
     "store",
+    "stream",
+    "stream_worker",
+    "streams",
+    "sustained",
+    "sustained_picture",
+    "sustained_worker",
     "targets",
     "tflite_ops",
     "tool",
+    "tiny_file",
     "transports",
     "transports.adb",
     "transports.adb_evaluate",
@@ -78,5 +96,5 @@ def test_nothing_heavy_is_loaded(run_python, part):
     loaded = loaded_by(run_python, "\n".join(f"import mobile_bench.{module}" for module in modules))
     assert not loaded & HEAVY
     if part == "cli":
-        slow = {"numpy", "ai_edge_litert", "PIL", "paramiko", "adbutils"}
+        slow = {"numpy", "ai_edge_litert", "PIL", "paramiko", "adbutils", "av"}
         assert not loaded & slow, "--help should not wait for these"
