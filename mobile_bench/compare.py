@@ -23,8 +23,8 @@ from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
-from mobile_bench.measure import check_can_run
-from mobile_bench.records import Connection, Target
+from mobile_bench.measure import accelerator_job, check_can_run
+from mobile_bench.records import Connection, Delegate, Target
 from mobile_bench.stats import ratio_interval
 from mobile_bench.transports import transport_for
 
@@ -74,15 +74,16 @@ class Comparison:
 def compare(
     tflites: Sequence[str | Path], target: Target = _LOCAL, *, connection: Connection | None = None,
     seconds: float = 20.0, rounds: int = ROUNDS, level: float = LEVEL, batch: int = 1,
-    specs: Sequence[InputSpec | None] | None = None, seed: int = 0, on_progress: OnProgress | None = None,
-    wait_s: float = 3600,
+    specs: Sequence[InputSpec | None] | None = None, seed: int = 0, delegate: Delegate | None = None,
+    on_progress: OnProgress | None = None, wait_s: float = 3600,
 ) -> Comparison:  # fmt: skip
     """Time files against the first of them, interleaved, in several processes.
 
     seconds: of wall clock for the whole comparison, process starts included; a slow file may take more, since
     each round makes at least three turns. level: the chance of a verdict where there is no difference, shared
     out over the files (Bonferroni), so that it holds for the whole comparison. Raises InputError for what
-    makes no sense to try, ModelRefused where a file cannot run, JobFailed where a round crashed.
+    makes no sense to try, ModelRefused where a file cannot run, DelegateError where an accelerator's answers are
+    wrong, JobFailed where a round crashed.
     """
     files = [Path(tflite) for tflite in tflites]
     _check(files, seconds, rounds, level, batch, seed)
@@ -94,6 +95,11 @@ def compare(
         "threads": target.threads, "runtime": target.runtime, "seed": seed,
     }  # fmt: skip
     paths = {f"tflite_{index}": file for index, file in enumerate(files)}
+    if accelerator_job(job, target, delegate):
+        raise InputError(
+            "A comparison takes no reference file: each file is its own", received=delegate.reference,
+            next_step="Check one file after the other with mobile-bench run --reference",
+        )  # fmt: skip
     order, found = secrets.randbits(32), []
     transport = transport_for(target, connection)
     with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress), transport:

@@ -17,7 +17,7 @@ from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
-from mobile_bench.records import Connection, Measurement, Target
+from mobile_bench.records import Connection, Delegate, Measurement, Target
 from mobile_bench.stats import rounds_interval
 from mobile_bench.targets import Place
 from mobile_bench.transports import transport_for
@@ -30,7 +30,7 @@ _LOCAL = Target()
 def measure(
     tflite: str | Path, target: Target = _LOCAL, *, connection: Connection | None = None, batch: int = 1,
     runs: int = 50, max_runs: int = 1000, rounds: int = ROUNDS, width: float = WIDTH,
-    seconds: float = SECONDS, spec: InputSpec | None = None, seed: int = 0,
+    seconds: float = SECONDS, spec: InputSpec | None = None, seed: int = 0, delegate: Delegate | None = None,
     on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600, kind: str = "latency",
 ) -> Measurement:  # fmt: skip
     """Time the inference of one file on one target, in several rounds.
@@ -46,12 +46,15 @@ def measure(
     the median, or until `seconds` have passed; 0 makes it exactly `rounds`. By adb there is one round, in which
     each sample is a process of its own. kind: 'latency', or 'sweep' for a point of one.
 
-    A file that the runtime refuses, or a delegate that does not really run it, gives a Measurement of status
-    'refused'; a crash, a passed timeout_s (of one round) or a device that cannot be reached one of status
-    'failed', each with its reason, and with the samples of the rounds before. connection: how to get there, for a
-    target that is not this machine. InputError is raised for what makes no sense to try: no such file, an unknown
-    runtime, an accelerator or transport that is not there. Waits up to wait_s for another measurement on the
-    same machine, and says so through on_progress.
+    delegate: how an accelerator other than the CPU is reached, and what its answers are compared with before
+    anything is timed.
+
+    A file that the runtime refuses, or a delegate that does not really run it or answers otherwise than the CPU,
+    gives a Measurement of status 'refused'; a crash, a passed timeout_s (of one round) or a device that cannot be
+    reached one of status 'failed', each with its reason, and with the samples of the rounds before. connection: how
+    to get there, for a target that is not this machine. InputError is raised for what makes no sense to try: no
+    such file, an unknown runtime, an accelerator or transport that is not there. Waits up to wait_s for another
+    measurement on the same machine, and says so through on_progress.
     """
     if target.transport == "adb":
         rounds, seconds = 1, 0.0
@@ -74,6 +77,8 @@ def measure(
         "max_runs": max(1, max_runs // rounds), "timed_s": 1 / rounds, "seed": seed,
         "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
+    reference = accelerator_job(job, target, delegate)
+    files = {"tflite": Path(tflite)} | ({"reference": reference} if reference else {})
     transport = transport_for(target, connection)
     found: list[dict] = []
     with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress):
@@ -84,7 +89,7 @@ def measure(
                 while len(found) < rounds or (time.monotonic() - started < seconds and _width(found) > width):
                     found.append(
                         transport.run(
-                            "mobile_bench.worker", job, files={"tflite": Path(tflite)},
+                            "mobile_bench.worker", job, files=files,
                             on_progress=_relay(on_progress, len(found)), timeout_s=timeout_s,
                         )
                     )  # fmt: skip
@@ -96,6 +101,25 @@ def measure(
         except (JobFailed, TransportError) as failure:
             return Measurement(**facts, **_together(found), status="failed", reason=str(failure))
     return Measurement(**facts, **_together(found), status="ok")
+
+
+def accelerator_job(job: dict, target: Target, delegate: Delegate | None) -> Path | None:
+    """Add to a job what it needs on another processor than the CPU; the reference file where there is one."""
+    delegate = delegate or Delegate()
+    if target.accelerator == "cpu":
+        if delegate != Delegate():
+            raise InputError(
+                "The CPU takes no delegate", received=delegate.library or "options",
+                next_step="Say which processor with --accelerator gpu, edgetpu or external",
+            )  # fmt: skip
+        return None
+    job |= {
+        "accelerator": target.accelerator, "delegate": delegate.library, "delegate_options": dict(delegate.options),
+        "allow_fallback": delegate.allow_fallback,
+    }  # fmt: skip
+    if target.transport == "adb" and delegate.library:
+        job["external_delegate_path"] = delegate.library
+    return Path(delegate.reference) if delegate.reference else None
 
 
 def _width(found: list[dict]) -> float:
@@ -165,7 +189,7 @@ def check_can_run(target: Target) -> None:
     if target.transport == "adb":
         allowed, runtimes = ("cpu", "gpu", "nnapi", "external"), ("auto",)
     else:
-        allowed, runtimes = ("cpu",), ("auto", *RUNTIMES)
+        allowed, runtimes = ("cpu", "gpu", "edgetpu", "external"), ("auto", *RUNTIMES)
     if target.accelerator not in allowed:
         raise InputError(
             f"This version does not measure on that accelerator by {target.transport}", received=target.accelerator,

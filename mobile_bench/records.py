@@ -211,6 +211,20 @@ class Connection:
 
 
 @dataclass(frozen=True)
+class Delegate:
+    """How an accelerator other than the CPU is reached. library: its path on the device, or a name that the
+    loader there finds. options: name -> value, as the library's manual says. allow_fallback: the CPU may run the
+    operations that it does not take. reference: a .tflite here whose answers on the CPU count as right; '' is the
+    file itself, which one compiled for the Edge TPU cannot be.
+    """
+
+    library: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    allow_fallback: bool = False
+    reference: str = ""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One run of one file on one target; stored as bench/{target}-{time}-{run_id}.json.
 

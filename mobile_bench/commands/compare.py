@@ -11,14 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from mobile_bench.commands.shared import (
+    Accelerator,
+    DelegateOption,
+    Fallback,
     File,
     Inventory,
     Json,
+    Library,
     OneTarget,
     Runtime,
     Spec,
     Threads,
     bar,
+    delegate_of,
     ms,
     places_for,
     print_json,
@@ -48,6 +53,10 @@ def compare(
     runtime: Runtime = None,
     target: OneTarget = "local",
     inventory: Inventory = None,
+    accelerator: Accelerator = None,
+    library: Library = "",
+    delegate_option: DelegateOption = None,
+    allow_fallback: Fallback = False,
     batch: Batch = 1,
     seed: Seed = 0,
     out: Annotated[
@@ -69,8 +78,9 @@ def compare(
     from mobile_bench.files import write_json
     from mobile_bench.records import SCHEMA_VERSION
 
-    (place,) = places_for([target], inventory, threads, runtime)
-    found = _compare(files, place, seconds, rounds, level, batch, seed)
+    (place,) = places_for([target], inventory, threads, runtime, accelerator)
+    delegate = delegate_of(library, delegate_option, allow_fallback)
+    found = _compare(files, place, seconds, rounds, level, batch, seed, delegate)
     if out:
         write_json(out, {"schema_version": SCHEMA_VERSION, "files": [str(file) for file in files], **asdict(found)})
         say(f"written to {out}")
@@ -147,7 +157,7 @@ def gate(
     raise typer.Exit(gates.EXIT_CODES[verdict])
 
 
-def _compare(files, place: Place, seconds: float, rounds: int, level: float, batch: int, seed: int):
+def _compare(files, place: Place, seconds: float, rounds: int, level: float, batch: int, seed: int, delegate=None):
     from mobile_bench.compare import compare as compare_files
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.metadata import recorded_spec
@@ -164,7 +174,7 @@ def _compare(files, place: Place, seconds: float, rounds: int, level: float, bat
 
         return compare_files(
             files, place.target, connection=place.connection, seconds=seconds, rounds=rounds, level=level, batch=batch,
-             seed=seed, specs=[recorded_spec(file) for file in files], on_progress=relay,
+             seed=seed, specs=[recorded_spec(file) for file in files], delegate=delegate, on_progress=relay,
         )  # fmt: skip
 
 

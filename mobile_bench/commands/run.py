@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -10,12 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mobile_bench.commands.shared import (
+    Accelerator,
+    DelegateOption,
+    Fallback,
     File,
     Inventory,
     Json,
+    Library,
     Runtime,
     Spec,
     Threads,
+    delegate_of,
     ms,
     places_for,
     print_json,
@@ -48,6 +54,16 @@ def run(
         ),
     ] = None,
     inventory: Inventory = None,
+    accelerator: Accelerator = None,
+    library: Library = "",
+    delegate_option: DelegateOption = None,
+    allow_fallback: Fallback = False,
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="A .tflite whose answers on the CPU count as right [default: the file itself]", show_default=False
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images per inference")] = 1,
     deadline_fps: Annotated[float, typer.Option(help="Frames per second to keep up with")] = 30.0,
     input_spec: Spec = "",
@@ -75,6 +91,10 @@ def run(
 
         mobile-bench run model.tflite --target local --target ssh://pi@raspberry.local --target phone
 
+    On the Edge TPU of a Coral board, its answers first compared with those of the file it was compiled from:
+
+        mobile-bench run model_edgetpu.tflite --target coral --accelerator edgetpu --reference model.tflite
+
     As narrow as 0.5%, if that can be had within two minutes:
 
         mobile-bench run model.tflite --width 0.5 --seconds 120
@@ -89,7 +109,7 @@ def run(
 
     if not deadline_fps > 0:
         raise InputError("The deadline is not a positive number of frames per second", received=deadline_fps)
-    places = places_for(target or ["local"], inventory, threads, runtime)
+    places = places_for(target or ["local"], inventory, threads, runtime, accelerator)
     folder = variant_folder(file, save)
     spec = recorded_spec(file)
     if input_spec.strip():
@@ -100,7 +120,7 @@ def run(
 
     measurements = measure_on(
         places, file, batch=batch, runs=runs, rounds=rounds, width=width / 100, seconds=seconds, spec=spec,
-        seed=seed, on_progress=relay,
+        seed=seed, delegate=delegate_of(library, delegate_option, allow_fallback, reference), on_progress=relay,
     )  # fmt: skip
     if folder:
         from mobile_bench.store import write_measurement
@@ -135,6 +155,17 @@ def run(
         raise typer.Exit(1 if "failed" in statuses else 2)
 
 
+def _accelerator_rows(measurement) -> dict[str, str]:
+    """What the accelerator took, and how its answers differ from the CPU's; nothing for the CPU."""
+    if measurement.output_drift is None:
+        return {}
+    taken, left = len(measurement.delegated_ops), len(measurement.fallback_ops)
+    return {
+        "Delegated": f"{taken} of {taken + left} operations to {measurement.device.get('accelerator', 'the delegate')}",
+        "Answers": f"differ from the CPU's by {measurement.output_drift:.2g} of the largest value",
+    }
+
+
 def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
     deadline_ms = 1000 / deadline_fps
     verdict = "yes" if summary.meets(deadline_ms) else "NO"
@@ -150,6 +181,7 @@ def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
         "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
         "Frames per second": f"{summary.fps:,.1f}",
         f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {ms(summary.p90_ms)}, deadline {ms(deadline_ms)}",
+        **_accelerator_rows(measurement),
         "Measured": f"{summary.samples} runs of {measurement.batch} image(s) in {summary.rounds} process(es), "
         f"{target.threads} thread(s), "
         f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}",

@@ -15,6 +15,7 @@ from rich.table import Table
 from mobile_bench.errors import InputError
 
 if TYPE_CHECKING:
+    from mobile_bench.records import Delegate
     from mobile_bench.targets import Place
 
 File = Annotated[Path, typer.Argument(help="A .tflite file", metavar="FILE.tflite", show_default=False)]
@@ -46,11 +47,46 @@ Spec = Annotated[
 ]
 
 
-def places_for(targets: list[str], inventory: Path | None, threads: int | None, runtime: str | None) -> list[Place]:
+Accelerator = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="cpu, gpu, edgetpu, external, or by adb nnapi [default: the inventory's, or cpu]", show_default=False
+    ),
+]
+Library = Annotated[
+    str, typer.Option("--delegate", help="The delegate's library on the device, for external", show_default=False)
+]
+DelegateOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--delegate-option", help="KEY=VALUE; may be given several times", show_default=False),
+]
+Fallback = Annotated[bool, typer.Option("--allow-fallback", help="The CPU may run what the accelerator does not take")]
+
+
+def delegate_of(
+    library: str, options: list[str] | None, allow_fallback: bool, reference: Path | None = None
+) -> Delegate:
+    """What the command line says of a delegate."""
+    from mobile_bench.records import Delegate
+
+    pairs = {}
+    for text in options or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise InputError("A delegate's option has another form", received=repr(text), allowed="KEY=VALUE")
+        pairs[key] = value
+    return Delegate(library, pairs, allow_fallback, str(reference) if reference else "")
+
+
+def places_for(
+    targets: list[str], inventory: Path | None, threads: int | None, runtime: str | None,
+    accelerator: str | None = None,
+) -> list[Place]:  # fmt: skip
     """The places that were asked for; what the command line says of them goes before the inventory."""
     from mobile_bench.targets import find_places
 
-    given = {name: value for name, value in (("threads", threads), ("runtime", runtime)) if value is not None}
+    given = {"threads": threads, "runtime": runtime, "accelerator": accelerator}
+    given = {name: value for name, value in given.items() if value is not None}
     return [replace(p, target=replace(p.target, **given)) for p in find_places(targets, inventory)]
 
 

@@ -127,7 +127,7 @@ def test_what_makes_no_sense_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         compare([files[0], tmp_path / "none.tflite"])
     with pytest.raises(InputError, match="accelerator"):
-        compare(files, Target(accelerator="gpu"))
+        compare(files, Target(accelerator="nnapi"))
     with pytest.raises(ModelRefused, match="truncated"):
         compare([files[0], tiny.path("truncated")])
     with pytest.raises(JobFailed, match="SIG"):

@@ -13,7 +13,7 @@ from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import open_model
 from mobile_bench.measure import measure
-from mobile_bench.records import Target
+from mobile_bench.records import Delegate, Target
 from mobile_bench.stats import summarize
 
 SPEC = InputSpec(12, 12, 3)
@@ -76,7 +76,7 @@ def test_what_makes_no_sense_to_try_is_an_error(tiny, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         measure(tmp_path / "none.tflite")
     for target, word in (
-        (Target(accelerator="gpu"), "accelerator"),
+        (Target(accelerator="nnapi"), "accelerator"),
         (Target(runtime="x"), "auto"),
     ):
         with pytest.raises(InputError, match=word):
@@ -141,6 +141,23 @@ def test_what_earlier_rounds_measured_is_kept(scripted):
     found, _ = scripted(1.0, 2.0, JobFailed("The process crashed"))
     assert found.status == "failed" and found.rounds == (5, 5) and "crashed" in found.reason
     assert summarize(found) is None
+
+
+def test_an_accelerators_job_says_how_to_reach_it(scripted, tiny):
+    delegate = Delegate("lib.so", {"a": "b"}, True)
+    found, target = scripted(1.0, 1.0, 1.0, target=Target(accelerator="external"), delegate=delegate)
+    assert found.status == "ok"
+    wanted = {"accelerator": "external", "delegate": "lib.so", "delegate_options": {"a": "b"}, "allow_fallback": True}
+    assert wanted.items() <= target.jobs[0].items()
+    with pytest.raises(InputError, match="CPU takes no delegate"):
+        measure(tiny.path("float32"), delegate=delegate)
+
+
+def test_a_delegate_that_is_not_there_is_a_record(tiny):
+    found = measure(tiny.path("float32"), Target(accelerator="external"), delegate=Delegate("/none/such.so"))
+    assert found.status == "refused" and "/none/such.so" in found.reason
+    found = measure(tiny.path("float32"), Target(accelerator="edgetpu"))
+    assert found.status == "refused" and "libedgetpu" in found.reason
 
 
 def test_peak_memory_is_the_workers_own(tiny):
