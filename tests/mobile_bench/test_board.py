@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,11 +40,10 @@ def board(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    there = BOARD / "root" / folder.name
-    there.mkdir()
+    there = Path(tempfile.mkdtemp(prefix="board-", dir=BOARD / "root"))
     shutil.copy(folder / "host", there / "host")
     shutil.copy(folder / "key.pub", there / "authorized")
-    inside = f"/root/{folder.name}"
+    inside = f"/root/{there.name}"
     (there / "config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {inside}/host\nAuthorizedKeysFile {inside}/authorized\nPidFile none\n"
         "StrictModes no\nPasswordAuthentication no\nSubsystem sftp /usr/lib/openssh/sftp-server\n"
