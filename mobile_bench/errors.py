@@ -63,6 +63,8 @@ class DelegateError(Problem):
 class TransportError(Problem):
     """A target cannot be reached, will not let us in, or went away half-way."""
 
+    exit_code = 1
+
 
 class JobFailed(Problem):
     """A child process failed, was killed or ran out of time or memory."""

@@ -73,7 +73,8 @@ def compare(
         mobile-bench compare float32.tflite int8.tflite
         mobile-bench compare float32.tflite int8.tflite --target ssh://pi@raspberry.local
 
-    Exit code 0 whatever the verdict; 1: a process crashed; 2: a file or an option cannot be used.
+    Exit code 0 whatever the verdict; 1: the device cannot be reached; 2: a file or an option cannot be used, or a
+    process crashed.
     """
     from mobile_bench.files import write_json
     from mobile_bench.records import SCHEMA_VERSION

@@ -191,11 +191,16 @@ def _show(peak, rows, measurements, names, operations, top) -> None:
     if not operations:
         return
     shown = operations[:top] if top else operations
-    table = _table(f"Operations, the dearest {len(shown)} of {len(operations)}", "Operation", "Average")
-    table.add_column("Lost", justify="right", no_wrap=True)
+    table = Table(title=f"Operations, the dearest {len(shown)} of {len(operations)}", title_justify="left")
+    table.add_column("Operation", overflow="fold")
+    for column in ("Average", "GFLOP/s", "Of roof", "Lost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("Bound by")
     for row in shown:
         name = f"{row.layer}: {row.name}" if row.layer else row.name
-        table.add_row(escape(name), *_cells(row), "" if row.lost_ms is None else _short(row.lost_ms))
+        average, speed, _, _, share, bound = _cells(row)
+        lost = "" if row.lost_ms is None else _short(row.lost_ms)
+        table.add_row(escape(name), average, speed, share, lost, bound)
     unknown = sum(row.time_ms for row in operations if row.lost_ms is None)
     lost = sum(row.lost_ms or 0 for row in operations)
     total = sum(row.time_ms for row in operations)

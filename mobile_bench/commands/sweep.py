@@ -169,7 +169,9 @@ def _table(title: str, found, summaries, sizes: list[int | None], facts: list[di
     table = Table(title=title, title_justify="left")
     sized, together = any(sizes), any(facts)
     names = ["Batch", "Threads", *(["Streams"] if together else []), "Median", "p99" if together else "p90", "Images/s"]
-    for name in (*(["Size"] if sized else []), *names, "Efficiency" if together else "Speed-up", "Peak memory"):
+    # With streams there is no room for the memory, which --json has.
+    last = ["Efficiency"] if together else ["Speed-up", "Peak memory"]
+    for name in (*(["Size"] if sized else []), *names, *last):
         table.add_column(name, justify="right", no_wrap=True)
     rates = [extra["streams"]["fps"] if extra else s.fps if s else 0.0 for s, extra in zip(summaries, facts)]
     best, first = max(rates), next((rate for rate in rates if rate), 0.0)
@@ -187,7 +189,7 @@ def _table(title: str, found, summaries, sizes: list[int | None], facts: list[di
             gain = "" if efficiency is None else f"{efficiency:.0%}"
         slow_ms = summary.p99_ms if together else summary.p90_ms
         table.add_row(
-            *head, ms(summary.median_ms), ms(slow_ms), f"{rate:,.0f}", gain, peak,
+            *head, ms(summary.median_ms), ms(slow_ms), f"{rate:,.0f}", gain, *([] if together else [peak]),
             style="bold green" if rate == best else "",
         )  # fmt: skip
     device = next((measurement.device for measurement in found if measurement.device), {})
