@@ -141,7 +141,7 @@ def run(
             label = "refused" if measurement.status == "refused" else "the measurement failed"
             say(f"{prefix}{label}: {measurement.reason}", style="bold red")
         elif not as_json:
-            Console().print(_run_table(f"{prefix}{file}", measurement, summary, deadline_fps))
+            Console().print(_run_table(prefix, file, measurement, summary, deadline_fps))
         wide = summary and summary.rounds > 1 and summary.median_high_ms / summary.median_low_ms - 1
         if wide and wide > width / 100:
             say(
@@ -155,6 +155,19 @@ def run(
         raise typer.Exit(1 if "failed" in statuses else 2)
 
 
+def _arena(file: Path, batch: int) -> str:
+    from mobile_bench.arena import arena_of
+    from mobile_bench.errors import Problem
+    from mobile_bench.flatbuffer import read_model
+
+    try:
+        arena = arena_of(read_model(file), batch)
+    except Problem:
+        return "unknown"
+    kib = lambda count: f"{count / 1024:,.0f} KiB"
+    return f"{kib(arena.arena_bytes)} as TFLite plans it, {kib(arena.activation_bytes)} in use at once"
+
+
 def _accelerator_rows(measurement) -> dict[str, str]:
     """What the accelerator took, and how its answers differ from the CPU's; nothing for the CPU."""
     if measurement.output_drift is None:
@@ -166,7 +179,7 @@ def _accelerator_rows(measurement) -> dict[str, str]:
     }
 
 
-def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
+def _run_table(prefix: str, file: Path, measurement, summary, deadline_fps: float) -> Table:
     deadline_ms = 1000 / deadline_fps
     verdict = "yes" if summary.meets(deadline_ms) else "NO"
     mib = lambda count: "unknown" if count is None else f"{count / 2**20:.1f} MiB"
@@ -179,6 +192,7 @@ def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
         "Load": "unknown" if measurement.load_ms is None else ms(measurement.load_ms),
         "First inference": "unknown" if measurement.first_inference_ms is None else ms(measurement.first_inference_ms),
         "Peak memory": f"{mib(measurement.peak_rss_bytes)} ({mib(measurement.base_rss_bytes)} before loading the file)",
+        "Tensor arena": _arena(file, measurement.batch),
         "Frames per second": f"{summary.fps:,.1f}",
         f"Meets {deadline_fps:g} fps": f"{verdict}: p90 {ms(summary.p90_ms)}, deadline {ms(deadline_ms)}",
         **_accelerator_rows(measurement),
@@ -186,4 +200,4 @@ def _run_table(title: str, measurement, summary, deadline_fps: float) -> Table:
         f"{target.threads} thread(s), "
         f"{device.get('runtime')} {device.get('runtime_version')} on {device.get('cpu', 'an unknown CPU')}",
     }
-    return table(title, rows)
+    return table(f"{prefix}{file}", rows)
