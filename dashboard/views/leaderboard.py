@@ -176,7 +176,7 @@ def _columns(table: pd.DataFrame) -> dict:
         ),
         "baseline_agreement": number("Agrees with baseline %", format="%.2f"),
         "gzip": number("gzip kB", format="%.1f"),
-        "median_interval": words("Median 95%", help="Between the processes of this measurement; another day can differ by more."),
+        "median_interval": words("Median 95%", help="Over the processes of one measurement; another day can differ."),
         "p90": number("p90 ms", format="%.3f"),
         "load": number("Load ms", format="%.2f"),
         "memory": number(
