@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import typer
@@ -9,24 +11,39 @@ import typer
 from mobile_bench.errors import Problem
 
 INTERRUPTED = 130
+#: Whoever read the output has gone, as after `| head`. Click and Rich give the same.
+NOT_READ = 1
 
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app and exit: 0 fine, a Problem's exit code (2), 2 for wrong usage, 130 interrupted.
 
-    A command ends with another code by `raise typer.Exit(code)`.
+    A command ends with another code by `raise typer.Exit(code)`. SIGTERM is an interrupt, too: what Ctrl-C cleans up
+    and keeps is cleaned up and kept.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
+    if sys.stdout is None:
+        print_problem(Problem("Standard output is closed: nobody would see the result", next_step="Leave out >&-"))
+        sys.exit(Problem.exit_code)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold what no encoding has
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(exit_code_of(app))
 
 
 def exit_code_of(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except Problem as problem:
         print_problem(problem)
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_READ
     except OSError as error:
         # A full disk or a folder that is closed to us, where no code nearer to it had more to say.
         print_problem(Problem("The system refused", received=error))
@@ -40,6 +57,10 @@ def exit_code_of(app: typer.Typer) -> int:
     if code == INTERRUPTED:  # some versions of Typer turn the interrupt into this code themselves
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def print_problem(problem: Problem) -> None:

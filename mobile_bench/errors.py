@@ -18,6 +18,14 @@ import difflib
 from collections.abc import Iterable
 
 
+class Interrupted(KeyboardInterrupt):
+    """A KeyboardInterrupt that brings what was measured before it; `kept` is what the raiser's docstring says."""
+
+    def __init__(self, kept: object):
+        self.kept = kept
+        super().__init__()
+
+
 class Problem(Exception):
     """What failed, what was received, what is allowed and what to do next.
 

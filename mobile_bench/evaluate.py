@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,26 +117,51 @@ def evaluate_apart(
 
 def read_sample(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """A sample for a device: an .npz of `images` (uint8, NHWC) and `labels` (int32)."""
+    allowed = "an .npz of images (uint8, of shape (count, height, width, 1 or 3)) and labels (int32, one an image)"
+    make = "Make one with numpy: np.savez('sample.npz', images=images, labels=labels)"
+    problem = lambda what: DataError(
+        "The sample cannot be used", received=f"{path}, {what}", allowed=allowed, next_step=make
+    )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise problem(f"which cannot be read ({error.strerror})") from error
+    if head.startswith(b"\x93NUMPY"):
+        raise problem("which is a single array (.npy)")
+    if not head.startswith(b"PK"):
+        raise problem("which is no .npz")
     try:
         with np.load(path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError("one array, not an archive")
+            lacking = [name for name in ("images", "labels") if name not in content]
+            if lacking:
+                raise problem(f"which holds {', '.join(content) or 'nothing'} and no {' and no '.join(lacking)}")
             images, labels = content["images"], content["labels"]
-    except KeyError as error:
-        raise DataError(
-            "A sample lacks an array", received=f"{path} ({error.args[0]})", allowed="images and labels"
-        ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise DataError(
-            "A sample cannot be read", received=f"{path} ({error})", allowed="an .npz of images and labels"
-        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+        raise problem(f"which is damaged or holds something else than numbers ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataError(
-            "A sample's images have the wrong form",
+            "The sample's images have the wrong form",
             received=f"{images.dtype} of shape {images.shape}",
             allowed="uint8 of shape (count, height, width, 1 or 3)",
         )
     return images, labels
+
+
+def misfit(inputs: Sequence[Tensor], spec: InputSpec) -> InputError:
+    """The error for a file that does not take the images of a spec: names what differs, size or channels."""
+    shape = inputs[0].shape if len(inputs) == 1 else ()
+    what, items = "The file does not take the images that the input spec describes", []
+    if len(shape) == 4 and shape[0] == 1 and shape[3] in (1, 3):
+        if shape[1:3] != spec.shape[:2]:
+            items.append(f"size={shape[1]}" if shape[1] == shape[2] else f"height={shape[1]},width={shape[2]}")
+        if shape[3] != spec.channels:
+            kinds = {1: "gray images (1 channel)", 3: "RGB images (3 channels)"}
+            what = f"The file takes {kinds[shape[3]]}, and the input spec describes {kinds[spec.channels]}"
+            items.append(f"channels={shape[3]}")
+    next_step = f"Correct the spec with --input-spec {','.join(items)}: images are made to fit it" if items else None
+    received, allowed = ", ".join(str(tensor.shape) for tensor in inputs), f"one input of shape {(1, *spec.shape)}"
+    return InputError(what, received=received, allowed=allowed, next_step=next_step)
 
 
 def classes_of(outputs: np.ndarray, head: str) -> np.ndarray:
@@ -209,12 +235,7 @@ class _Evaluator:
 
     def _check(self, model: Model) -> None:
         if len(model.inputs) != 1 or model.inputs[0].shape != (1, *self.spec.shape):
-            raise InputError(
-                "The file does not take the images that the input spec describes",
-                received=", ".join(str(tensor.shape) for tensor in model.inputs),
-                allowed=f"one input of shape {(1, *self.spec.shape)}",
-                next_step="Correct the spec with --input-spec size=…",
-            )
+            raise misfit(model.inputs, self.spec)
         shape = model.outputs[0].shape if len(model.outputs) == 1 else ()
         if not shape or math.prod(shape[:-1]) != 1 or shape[-1] < 1:
             raise ModelRefused(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,29 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_json(path: str | Path, value: object) -> None:
     """JSON with a line per field; refuses NaN and infinity, which are not JSON."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json_text(value, ascii_only=False) + "\n").encode())
+
+
+def json_text(value: object, *, ascii_only: bool = True) -> str:
+    """Records as JSON that every reader takes: what is not text in a file's name (b'caf\\xe9') is U+FFFD."""
+    text = _HALF.sub("\ufffd", json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+    return json.dumps(json.loads(text), indent=1) if ascii_only and not text.isascii() else text
+
+
+def check_writable(path: str | Path | None) -> None:
+    """Raise InputError now for a file that could not be written after minutes of measuring. None: nothing is asked."""
+    if path is None:
+        return
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(folder for folder in path.parents if folder.exists())
+        trial = folder / f".{path.name}.{secrets.token_hex(4)}"
+        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        trial.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def sha256_of(path: str | Path) -> str:
@@ -56,6 +79,10 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError("A file cannot be read", received=f"{path} ({error.strerror or error})") from error
+
+
+#: Half a surrogate pair: how Python keeps a byte of a name that is not UTF-8.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def _is_about_writing(error: OSError) -> bool:

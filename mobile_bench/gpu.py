@@ -51,7 +51,7 @@ class GpuModel(Model):
         # Buffers lie in the order of the signature, inputs and outputs in that of the graph.
         self._to = [self._given[place] for place in places[0]]
         self._from = [
-            (self._answers[place], int(np.prod(tensor.shape)), np.dtype(tensor.dtype))
+            (self._answers[place], *_as_buffer(int(np.prod(tensor.shape)), np.dtype(tensor.dtype)))
             for place, tensor in zip(places[1], outputs)
         ]
         self._read: list[np.ndarray] = []
@@ -63,7 +63,7 @@ class GpuModel(Model):
                     "The file's input has another shape or type",
                     received=(value.shape, value.dtype.name), allowed=(tensor.shape, tensor.dtype),
                 )  # fmt: skip
-            buffer.write(value)
+            buffer.write(np.ascontiguousarray(value).reshape(-1).view(_as_buffer(0, value.dtype)[1]))
 
     def run(self) -> None:
         try:
@@ -72,7 +72,7 @@ class GpuModel(Model):
             raise DelegateError("The GPU failed while it ran the file", received=_flat(error)) from error
 
     def get_outputs(self) -> list[np.ndarray]:
-        return [value.reshape(tensor.shape).copy() for value, tensor in zip(self._read, self.outputs)]
+        return [v.view(tensor.dtype).reshape(tensor.shape).copy() for v, tensor in zip(self._read, self.outputs)]
 
     @property
     def bare_invoke(self):
@@ -82,6 +82,11 @@ class GpuModel(Model):
     def _run_and_read(self) -> None:
         self._compiled.run_by_index(0, self._given, self._answers)
         self._read = [buffer.read(count, dtype) for buffer, count, dtype in self._from]
+
+
+def _as_buffer(count: int, dtype: np.dtype) -> tuple[int, np.dtype]:
+    """What LiteRT's buffers take for `count` values: 64-bit integers pass as pairs of 32 bits, which they lack."""
+    return (2 * count, np.dtype(np.int32)) if dtype in (np.int64, np.uint64) else (count, dtype)
 
 
 def open_gpu(
@@ -128,7 +133,7 @@ def open_gpu(
         model.warnings += (f"the GPU accelerator warned when it took the file: {model.said}",)
     model.facts = {
         "accelerator": f"{adapter[1]} ({adapter[2]}, {kind})" if adapter else "GPU",
-        "fully_accelerated": full, "timed": TIMED,
+        "fully_accelerated": not model.fallback_ops, "timed": TIMED,
     }  # fmt: skip
     if "software" in kind.lower():
         model.warnings += (
@@ -184,12 +189,14 @@ def _open(
 def placement(text: str, operators: Sequence[Operator], full: bool) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """The operations on the GPU, those left to the CPU, and why, from what the GPU printed.
 
-    It says how many it takes, and which kinds it does not know. Where more are left than those, the others run
-    on the CPU because they stand between them, and which ones is not said: 'not named' stands for each.
+    It says how many it takes, and which kinds it does not know, unless it takes all. `full` is what LiteRT says: with
+    the CPU allowed that is true as well where XNNPACK has the rest, and so it counts only where no number was
+    printed. Where more are left than those, the others run on the CPU because they stand between them, and which ones
+    is not said: 'not named' stands for each.
     """
     names = [operator.custom_code or operator.op for operator in operators]
     counts = _COUNT.findall(text)
-    if full or not counts:
+    if not counts:
         return (tuple(names), (), "") if full else ((), tuple(names), "")
     why = _unsupported(text)
     unknown = {line.partition(":")[0] for line in why}

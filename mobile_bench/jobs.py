@@ -22,8 +22,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mobile_bench.errors import JobFailed, Problem
-from mobile_bench.files import write_json
+from mobile_bench.errors import Interrupted, JobFailed, Problem
+from mobile_bench.files import write_bytes
 
 OnProgress = Callable[[dict], None]
 #: With this argument a child ends when its standard input closes.
@@ -33,18 +33,20 @@ _LOG_LINES, _LOG_CHARACTERS = 8, 1500
 
 def run_job(
     module: str, job: dict, folder: Path, *, on_progress: OnProgress | None = None, timeout_s: float | None = None,
-    memory_bytes: int | None = None, environment: dict[str, str] | None = None,
+    memory_bytes: int | None = None, environment: dict[str, str] | None = None, finish_s: float = 0.0,
 ) -> dict:  # fmt: skip
     """Run `module` in a fresh process and return its result.
 
     folder: where job.json and the log are put; it stays. timeout_s and memory_bytes (resident, Linux
     only) end the child when passed. A Problem that the child raised is raised here again; a crash, a
     signal or a limit becomes JobFailed with the last lines of the log. An interrupt here ends the child,
-    and so does the end of this process, however it comes.
+    and so does the end of this process, however it comes. finish_s: for a child that ends early when it gets
+    SIGINT: the first interrupt is passed on to it, and is raised as Interrupted with the result that it gives
+    within that time.
     """
     folder = Path(folder)
     job_file, log_file = folder / "job.json", folder / "log.txt"
-    write_json(job_file, job)
+    write_job(job_file, {key: _named_in_text(value, folder / f"{key}.link") for key, value in job.items()})
     with open(log_file, "wb") as log:
         try:
             child = subprocess.Popen(
@@ -60,6 +62,11 @@ def run_job(
     try:
         final = follow(child.stdout, on_progress)
         child.wait()
+    except KeyboardInterrupt:
+        kept = _finish(child, finish_s) if finish_s else None
+        if kept is None:
+            raise
+        raise Interrupted(kept) from None
     finally:
         guard.stop()
         _end(child)
@@ -67,6 +74,36 @@ def run_job(
         final, child.returncode, process=f"The child process {module}", verdict=guard.verdict,
         log=lambda: log_file.read_text(errors="replace"), next_step=f"The whole log is {log_file}",
     )  # fmt: skip
+
+
+def write_job(path: Path, job: dict) -> None:
+    """In ASCII, which keeps a file's name that is not UTF-8 as it is."""
+    write_bytes(path, json.dumps(job, allow_nan=False).encode())
+
+
+def _named_in_text(value: object, link: Path) -> object:
+    """A file's path, or a link to it where its name is not UTF-8, which no runtime takes; other values as they are."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        if os.path.isfile(value):
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.abspath(value))
+            return str(link)
+    return value
+
+
+def _finish(child: subprocess.Popen, finish_s: float) -> dict | None:
+    """What the child gives when it is interrupted and has so long to end; None where it gives no result."""
+    child.send_signal(signal.SIGINT)
+    timer = threading.Timer(finish_s, _kill, (child,))
+    timer.start()
+    try:
+        final = follow(child.stdout)
+    finally:
+        timer.cancel()
+    return final["value"] if final and final["kind"] == "result" else None
 
 
 def follow(lines: Iterable[bytes], on_progress: OnProgress | None = None) -> dict | None:

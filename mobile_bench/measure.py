@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mobile_bench import trust
-from mobile_bench.errors import DelegateError, InputError, JobFailed, ModelRefused, TransportError, unknown_name
+from mobile_bench.errors import (
+    DelegateError,
+    InputError,
+    Interrupted,
+    JobFailed,
+    ModelRefused,
+    Problem,
+    TransportError,
+    unknown_name,
+)
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
@@ -24,6 +34,7 @@ from mobile_bench.transports import transport_for
 
 #: Rounds at least, the interval's width to stop at, and the time after which no further round begins.
 ROUNDS, WIDTH, SECONDS = 3, 0.02, 1.5
+MOST_RUNS = 100_000
 _LOCAL = Target()
 
 
@@ -54,17 +65,21 @@ def measure(
     reached one of status 'failed', each with its reason, and with the samples of the rounds before. connection: how
     to get there, for a target that is not this machine. InputError is raised for what makes no sense to try: no
     such file, an unknown runtime, an accelerator or transport that is not there. Waits up to wait_s for another
-    measurement on the same machine, and says so through on_progress.
+    measurement on the same machine, and says so through on_progress. A KeyboardInterrupt becomes Interrupted with
+    the Measurement of the rounds that had ended, where there are any; one of its warnings says so.
     """
     if target.transport == "adb":
         rounds, seconds = 1, 0.0
     for name, value, most in (
-        ("batch", batch, 4096), ("runs", runs, 100_000), ("max_runs", max_runs, 100_000), ("rounds", rounds, 1000),
+        ("batch", batch, 4096), ("runs", runs, MOST_RUNS), ("max_runs", max_runs, MOST_RUNS), ("rounds", rounds, 1000),
     ):  # fmt: skip
         if not isinstance(value, int) or not 1 <= value <= most:
             raise InputError(f"{name} is out of range", received=value, allowed=f"1 to {most}")
     if not 0 < width < 10:
-        raise InputError("width is out of range", received=width, allowed="a share of the median, such as 0.02")
+        raise InputError(
+            "The width of the interval is out of range", received=f"{100 * width:g}%",
+            allowed="above 0% and below 1000% of the median",
+        )  # fmt: skip
     if not 0 <= seconds <= 1e6:
         raise InputError("seconds is out of range", received=seconds, allowed="0 to 1000000")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -100,6 +115,12 @@ def measure(
             return Measurement(**facts, **_together(found), status="refused", reason=str(refusal))
         except (JobFailed, TransportError) as failure:
             return Measurement(**facts, **_together(found), status="failed", reason=str(failure))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            kept = _together(found)
+            kept["warnings"] = (*kept["warnings"], f"interrupted after {len(found)} of at least {rounds} process(es)")
+            raise Interrupted(Measurement(**facts, **kept, status="ok")) from None
     return Measurement(**facts, **_together(found), status="ok")
 
 
@@ -108,10 +129,16 @@ def accelerator_job(job: dict, target: Target, delegate: Delegate | None) -> Pat
     delegate = delegate or Delegate()
     if target.accelerator == "cpu":
         if delegate != Delegate():
+            given = {
+                f"--delegate {delegate.library}": delegate.library, "--allow-fallback": delegate.allow_fallback,
+                "--delegate-option " + " ".join(f"{k}={v}" for k, v in delegate.options.items()): delegate.options,
+                f"--reference {delegate.reference}": delegate.reference,
+            }  # fmt: skip
             raise InputError(
-                "The CPU takes no delegate", received=delegate.library or "options",
-                next_step="Say which processor with --accelerator gpu, edgetpu or external",
-            )  # fmt: skip
+                "These options are for another processor than the CPU",
+                received=", ".join(text for text, value in given.items() if value),
+                next_step="Leave them out, or say which processor with --accelerator gpu, edgetpu or external",
+            )
         return None
     job |= {
         "accelerator": target.accelerator, "delegate": delegate.library, "delegate_options": dict(delegate.options),
@@ -166,20 +193,49 @@ def measure_on(
 ) -> list[Measurement]:
     """`measure` on several places at once, in their order; one that fails is a record, and the others go on.
 
-    on_progress(place, message) is called from several threads. options are those of `measure`.
+    on_progress(place, message) is called from several threads. options are those of `measure`. A KeyboardInterrupt
+    becomes Interrupted with a list of what each place had measured, None for nothing, unless none had.
     """
 
+    stopped = threading.Event()
+
     def one(place: Place) -> Measurement:
-        relay = (lambda message: on_progress(place, message)) if on_progress else None
+        def relay(message: dict) -> None:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            if on_progress:
+                on_progress(place, message)
+
         return measure(tflite, place.target, connection=place.connection, on_progress=relay, **options)
 
     if len(places) == 1:  # in this thread: an interrupt ends it at once
-        return [one(places[0])]
+        try:
+            return [one(places[0])]
+        except Interrupted as interrupt:
+            raise Interrupted([interrupt.kept]) from None
     for place in places:
         check_can_run(place.target)
         transport_for(place.target, place.connection)
     with ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(one, places))
+        under_way = [pool.submit(one, place) for place in places]
+        try:
+            return [measured.result() for measured in under_way]
+        except KeyboardInterrupt:
+            stopped.set()
+            kept = [_kept(measured) for measured in under_way]
+    if not any(kept):
+        raise KeyboardInterrupt
+    raise Interrupted(kept)
+
+
+def _kept(measured: Future) -> Measurement | None:
+    """What a place has measured when all are stopped."""
+    try:
+        return measured.result()
+    except Interrupted as interrupt:
+        return interrupt.kept
+    except (KeyboardInterrupt, Problem):
+        return None
 
 
 def check_can_run(target: Target) -> None:

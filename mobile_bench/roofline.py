@@ -228,7 +228,13 @@ def measure_here(job: dict, emit: Callable[..., None]) -> dict:
     from mobile_bench import device, trust
     from mobile_bench.interpreter import load_runtime
 
-    threads, runtime = job["threads"], load_runtime(job["runtime"])
+    threads, cores = job["threads"], device.usable_cores()
+    if threads > cores:
+        raise InputError(
+            "The roofs cannot be measured with more threads than cores: they would wait for each other",
+            received=f"{threads} threads", allowed=f"1 to {cores} on this machine",
+        )  # fmt: skip
+    runtime = load_runtime(job["runtime"])
     facts, load_average, cache = device.describe(), device.load_average(), _cache_bytes()
     before = trust.read_state()
     emit("log", text=f"measuring the roofs for {threads} thread(s): memory")

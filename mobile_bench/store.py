@@ -4,6 +4,7 @@
     STUDY/MODEL/VARIANT/{model.tflite, model.keras, variant.json}
     STUDY/MODEL/VARIANT/quality/{DATA}-{SPLIT}.json     what it answers
     STUDY/MODEL/VARIANT/bench/{TARGET}-{TIME}-{RUN}.json   how fast it is, one file a run
+    STUDY/MODEL/VARIANT/xray/DELEGATE.json              where its operations run
 
 Every file is written once and whole, so results copied back from a device merge by copying.
 """
@@ -17,6 +18,9 @@ from pathlib import Path
 from mobile_bench.errors import InputError, Problem
 from mobile_bench.files import write_json
 from mobile_bench.records import Measurement, Quality, StudyRecord, Variant, from_dict, to_dict
+from mobile_bench.xray.record import FOLDER as XRAY_FOLDER
+from mobile_bench.xray.record import XrayRecord
+from mobile_bench.xray.report import XrayReport
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Entry:
     qualities: tuple[Quality, ...]
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...] = ()
+    xrays: tuple[XrayRecord, ...] = ()
 
     @property
     def tflite(self) -> Path:
@@ -37,6 +42,11 @@ class Entry:
         """The latest quality record of a split that speaks of this very file."""
         found = [q for q in self.qualities if q.split == split and q.sha256 in ("", self.variant.sha256)]
         return found[-1] if found else None
+
+    def xray(self, delegate: str) -> XrayReport | None:
+        """The stored report on a delegate that speaks of this very file."""
+        found = (x.report for x in self.xrays if x.report.delegate == delegate and x.sha256 == self.variant.sha256)
+        return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ def read_entry(folder: str | Path) -> Entry:
     problems = _file_problems(folder / "model.tflite", variant)
     qualities = _read_all(folder / "quality", Quality, problems)
     measurements = sorted(_read_all(folder / "bench", Measurement, problems), key=lambda m: m.started_at)
-    return Entry(folder, variant, tuple(qualities), tuple(measurements), tuple(problems))
+    xrays = _read_all(folder / XRAY_FOLDER, XrayRecord, problems)
+    return Entry(folder, variant, tuple(qualities), tuple(measurements), tuple(problems), tuple(xrays))
 
 
 def _file_problems(tflite: Path, variant: Variant) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mobile_bench import frames
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, Interrupted
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import check_is_tflite
@@ -30,6 +30,8 @@ from mobile_bench.transports.local import Local
 STAGES = ("decode", "resize", "normalize", "inference", "postprocess")
 DATA_STAGES = 3
 MOST_FRAMES = 200_000
+#: What an interrupted stream may take to finish the frames under way.
+_FINISH_S = 10.0
 _LOCAL = Target()
 
 
@@ -41,6 +43,7 @@ class Stream:
 
     arrived: all frames that came; waiting: those not begun at the end; the rest was dropped. encoded_bytes,
     decoded_bytes: of the frames that came as long as frames were taken, and of those that were decoded, as RGB.
+    interrupted: it was ended early, after `seconds`.
     """
 
     sha256: str
@@ -68,6 +71,7 @@ class Stream:
     device: dict = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     started_at: str = ""
+    interrupted: bool = False
 
     def __post_init__(self):
         if not isinstance(self.target, Target):
@@ -133,8 +137,8 @@ def stream(
 
     source: a folder of images, an image, a video file, or camera:0. queue: frames that may wait; drop=False lets all
     of them wait. deadline_ms: 1000 / fps where it is None. pipelined: a second thread decodes, resizes and
-    normalizes. Raises InputError, DataError (an image, video or camera that cannot be read), ModelRefused, or
-    JobFailed where the runtime crashes.
+    normalizes. A KeyboardInterrupt gives the frames until then, if there are any. Raises InputError, DataError (an
+    image, video or camera that cannot be read), ModelRefused, or JobFailed where the runtime crashes.
     """
     deadline_ms = 1000 / fps if deadline_ms is None and fps else deadline_ms
     for name, value, most in (("fps", fps, 10_000), ("seconds", seconds, 86_400), ("deadline_ms", deadline_ms, 1e9)):
@@ -156,11 +160,15 @@ def stream(
 
     with one_at_a_time(Local.place, wait_s=wait_s, on_progress=on_progress), Local() as local:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        found = local.run(
-            "mobile_bench.stream_worker", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
-            timeout_s=2 * seconds + 900,
-        )  # fmt: skip
-    return Stream(sha256=sha256_of(tflite), target=target, labels=spec.labels, started_at=started_at, **asked, **found)
+        try:
+            found = local.run(
+                "mobile_bench.stream_worker", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
+                timeout_s=2 * seconds + 900, finish_s=_FINISH_S,
+            )  # fmt: skip
+        except Interrupted as interrupt:
+            found = {**interrupt.kept, "interrupted": True}
+    facts = {"sha256": sha256_of(tflite), "target": target, "labels": spec.labels, "started_at": started_at}
+    return Stream(**facts, **{**asked, **found})
 
 
 def summarize_stream(found: Stream) -> StreamSummary:

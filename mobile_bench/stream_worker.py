@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import queue as queues
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mobile_bench import device, frames, trust
-from mobile_bench.errors import DataError, InputError
-from mobile_bench.evaluate import classes_of
+from mobile_bench.errors import DataError
+from mobile_bench.evaluate import classes_of, misfit
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, dequantize, open_model, quantize
 from mobile_bench.jobs import serve
@@ -76,8 +77,15 @@ class _Paced:
         arrives_s = self._start_s + number / self._fps
         while (early_s := arrives_s - time.perf_counter()) > 0:
             time.sleep(early_s)
+        if number >= self.arrived:  # stopped meanwhile
+            return None
         passed_over, self._untaken = number - self._untaken, number + 1
         return _Taken(number, arrives_s, lambda: self._load(passed_over))
+
+    def stop(self) -> None:
+        """No further frame comes from now on. May be called from a signal's handler."""
+        self._seconds = min(self._seconds, time.perf_counter() - self._start_s)
+        self.arrived = max(self._untaken, min(self.arrived, math.ceil(self._fps * self._seconds)))
 
     @property
     def waiting(self) -> int:
@@ -110,6 +118,10 @@ class _Live:
         self._camera.forget()
         self._start_s = time.perf_counter()
         return self._start_s
+
+    def stop(self) -> None:
+        """No further frame is taken from now on."""
+        self._seconds = min(self._seconds, time.perf_counter() - self._start_s)
 
     def take(self) -> _Taken | None:
         came = self._camera.take(self._start_s + self._seconds)
@@ -194,11 +206,7 @@ def _child(job: dict, emit: Callable[..., None]) -> dict:
     facts, load_average = device.describe(), device.load_average()
     model = open_model(job["tflite"], job["threads"], job["runtime"], size=(spec.height, spec.width))
     if len(model.inputs) != 1 or model.inputs[0].shape != (1, *spec.shape):
-        raise InputError(
-            "The file does not take the images that the input spec describes",
-            received=", ".join(str(tensor.shape) for tensor in model.inputs),
-            allowed=f"one input of shape {(1, *spec.shape)}", next_step="Correct the spec with --input-spec size=…",
-        )  # fmt: skip
+        raise misfit(model.inputs, spec)
     emit(text=f"reading {job['source']}")
     arrivals, consumer = _arrivals(job), _Consumer(model, spec)
     emit(text="warming up")
@@ -209,7 +217,13 @@ def _child(job: dict, emit: Callable[..., None]) -> dict:
     emit(text=f"{job['seconds']:g} s at {job['fps']:g} frames a second from {arrivals.about}")
     gc.collect()
     gc.freeze()
-    start_s = arrivals.start()
+    start_s, stopped_s = arrivals.start(), []
+
+    def stop(*_) -> None:
+        arrivals.stop()
+        stopped_s.append(time.perf_counter() - start_s)
+
+    signal.signal(signal.SIGINT, stop)
     prepared = (_in_two_threads if job["pipelined"] else _in_one_thread)(arrivals, consumer.prepare)
     done = [consumer.answer(taken) for taken in prepared]
     during = trust.between(before, trust.read_state())
@@ -219,6 +233,7 @@ def _child(job: dict, emit: Callable[..., None]) -> dict:
     after_ms = lambda moment_s: 1000 * (moment_s - start_s)
     threads = job["threads"] + (1 if job["pipelined"] else 0)
     return {
+        "seconds": min([job["seconds"], *stopped_s]),
         "about": arrivals.about, "arrived": arrivals.arrived, "waiting": arrivals.waiting,
         "number": [t.number for t in done],
         "arrived_ms": [after_ms(t.arrived_s) for t in done], "started_ms": [after_ms(t.started_s) for t in done],

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobile_bench.errors import DelegateError, InputError, JobFailed, ModelRefused, TransportError
-from mobile_bench.jobs import OnProgress, follow, outcome, serve
+from mobile_bench.jobs import OnProgress, follow, outcome, serve, write_job
 from mobile_bench.records import Connection, Measurement, Target
 
 if TYPE_CHECKING:
@@ -147,10 +147,8 @@ class _Stream:
     """One process of its own, seen from the one that lines them up."""
 
     def __init__(self, job: dict, number: int, folder: Path):
-        from mobile_bench.files import write_json
-
         path, self._log = folder / f"{number}.json", folder / f"{number}.txt"
-        write_json(path, {**job, "seed": job["seed"] + number, "alone": True})
+        write_job(path, {**job, "seed": job["seed"] + number, "alone": True})
         with open(self._log, "wb") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "mobile_bench.streams", str(path)], stdin=subprocess.PIPE,

@@ -74,6 +74,11 @@ def read_inventory(path: str | Path) -> dict[str, Place]:
         raise InputError("The inventory holds no targets", received=path, allowed="[targets.NAME] with a url")
     places = {}
     for name, entry in entries.items():
+        if name == "local" or name.startswith(("ssh://", "adb:")):
+            raise InputError(
+                "A target's name in the inventory has a meaning already", received=f"[targets.{name}] in {path}",
+                allowed="any name but local, ssh://… and adb:…", next_step="Call it something else, such as desk",
+            )  # fmt: skip
         try:
             places[name] = _place(name, entry.get("url"), {k: v for k, v in entry.items() if k != "url"})
         except Problem as problem:

@@ -19,6 +19,7 @@ from mobile_bench.commands.shared import (
     places_for,
     print_json,
     table,
+    warn_of_fit,
 )
 
 
@@ -52,6 +53,9 @@ def evaluate(
     A file from elsewhere does not say how it wants its pixels:
 
         mobile-bench evaluate other.tflite --sample sample.npz --input-spec scaling=signed,head=logits
+
+    Exit code 0: evaluated; 1: the device cannot be reached; 2: the file, the sample or an option cannot be used, or
+    the file crashed the runtime; 130: interrupted.
     """
     from mobile_bench.evaluate import evaluate_apart, read_sample
     from mobile_bench.files import sha256_of
@@ -64,6 +68,7 @@ def evaluate(
     check_is_tflite(file)
     images, _ = read_sample(sample)
     spec = find_spec(file, input_spec, shape=images.shape[1:])
+    warn_of_fit(file, spec, images.shape[1:])
     with bar(f"evaluating {file.name}") as progress:
         found = evaluate_apart(
             file, sample, spec, place.target, connection=place.connection, workers=workers, progress=progress

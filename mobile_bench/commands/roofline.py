@@ -59,17 +59,23 @@ def roofline(
         mobile-bench roofline model.tflite --ops --picture roofline.svg
 
     Exit code 0: measured; 1: a process crashed, took too long or could not be reached; 2: a file or an option
-    cannot be used.
+    cannot be used; 130: interrupted.
     """
     from mobile_bench import records
+    from mobile_bench.files import check_writable
     from mobile_bench.flatbuffer import read_model
     from mobile_bench.interpreter import check_is_tflite
-    from mobile_bench.measure import measure
+    from mobile_bench.measure import MOST_RUNS, measure
     from mobile_bench.roofline import attained, measure_peak, work_of_file
     from mobile_bench.stats import summarize
 
     if picture and picture.suffix.lower() != ".svg":
         raise InputError("The picture is an SVG", received=picture, allowed="a name that ends in .svg")
+    check_writable(picture)
+    if not 1 <= runs <= MOST_RUNS:
+        raise InputError("--runs is out of range", received=runs, allowed=f"1 to {MOST_RUNS}")
+    if not 0 <= seed < 2**32:
+        raise InputError("--seed is out of range", received=seed, allowed="0 to 4294967295")
     (place,) = places_for([target], inventory, threads, runtime)
     if ops and len(files) != 1:
         raise InputError("--ops takes one file", received=len(files), next_step="Leave --ops out, or name one file")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mobile_bench.cli_support import INTERRUPTED
 from mobile_bench.commands.shared import (
     Accelerator,
     DelegateOption,
@@ -30,7 +31,7 @@ from mobile_bench.commands.shared import (
     table,
     variant_folder,
 )
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, Interrupted
 
 
 def run(
@@ -100,7 +101,7 @@ def run(
         mobile-bench run model.tflite --width 0.5 --seconds 120
 
     Exit code 0: measured; 1: a worker crashed, took too long or could not be reached; 2: the file or an option
-    cannot be used.
+    cannot be used; 130: interrupted, by Ctrl-C or SIGTERM: what the processes before have measured is shown.
     """
     from mobile_bench import records, stats
     from mobile_bench.inputs import InputSpec, override
@@ -109,6 +110,8 @@ def run(
 
     if not deadline_fps > 0:
         raise InputError("The deadline is not a positive number of frames per second", received=deadline_fps)
+    for name in sorted({name for name in target or () if target.count(name) > 1}):
+        say(f"{name} was asked for more than once: it is measured once", style="yellow")
     places = places_for(target or ["local"], inventory, threads, runtime, accelerator)
     folder = variant_folder(file, save)
     spec = recorded_spec(file)
@@ -118,10 +121,18 @@ def run(
     def relay(place, message: dict) -> None:
         say_stage(message, f"{place.name}: " if len(places) > 1 else "")
 
-    measurements = measure_on(
-        places, file, batch=batch, runs=runs, rounds=rounds, width=width / 100, seconds=seconds, spec=spec,
-        seed=seed, delegate=delegate_of(library, delegate_option, allow_fallback, reference), on_progress=relay,
-    )  # fmt: skip
+    interrupted = False
+    try:
+        measurements = measure_on(
+            places, file, batch=batch, runs=runs, rounds=rounds, width=width / 100, seconds=seconds, spec=spec,
+            seed=seed, delegate=delegate_of(library, delegate_option, allow_fallback, reference), on_progress=relay,
+        )  # fmt: skip
+    except Interrupted as interrupt:
+        interrupted = True
+        for place in (place for place, kept in zip(places, interrupt.kept) if not kept):
+            say(f"{place.name}: nothing was measured yet", style="bold red")
+        places = [place for place, kept in zip(places, interrupt.kept) if kept]
+        measurements = [kept for kept in interrupt.kept if kept]
     if folder:
         from mobile_bench.store import write_measurement
 
@@ -134,7 +145,8 @@ def run(
             for m, s in zip(measurements, summaries)
         ]
         answer = found[0] if len(found) == 1 else {"measurements": found}
-        print_json({"schema_version": records.SCHEMA_VERSION, **answer})
+        ended = {"interrupted": True} if interrupted else {}
+        print_json({"schema_version": records.SCHEMA_VERSION, **ended, **answer})
     for place, measurement, summary in zip(places, measurements, summaries):
         prefix = f"{place.name}: " if len(places) > 1 else ""
         if not summary:
@@ -150,6 +162,8 @@ def run(
             )  # fmt: skip
         for warning in measurement.warnings:
             say(f"warning: {prefix}{warning}", style="yellow")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
     statuses = {measurement.status for measurement in measurements}
     if statuses != {"ok"}:
         raise typer.Exit(1 if "failed" in statuses else 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from mobile_bench.errors import InputError
 
 if TYPE_CHECKING:
+    from mobile_bench.inputs import InputSpec
     from mobile_bench.records import Delegate
     from mobile_bench.targets import Place
 
@@ -134,6 +134,17 @@ def variant_folder(file: Path, save: bool | None) -> Path | None:
     return folder if same else None
 
 
+def warn_of_fit(file: Path, spec: InputSpec, shape: tuple[int, ...]) -> None:
+    """Say that images of (height, width, channels) are made to fit the input: that changes what is measured."""
+    if tuple(shape) != spec.shape:
+        as_text = lambda sides: "x".join(map(str, sides[:2])) + (" gray" if sides[2] == 1 else " RGB")
+        say(
+            f"warning: {file.name} takes images of {as_text(spec.shape)}, the sample's are {as_text(shape)}: each is "
+            "resized or converted; where it was trained on others, its accuracy is not that of the sample",
+            style="yellow",
+        )
+
+
 def say_stage(message: dict, prefix: str = "") -> None:
     """One line a stage and no live display: redrawing would take time from a core that is being measured."""
     texts = {
@@ -165,4 +176,6 @@ def bar(label: str):
 
 
 def print_json(value: dict) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
+    from mobile_bench.files import json_text
+
+    print(json_text(value))

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from mobile_bench.cli_support import INTERRUPTED
 from mobile_bench.commands.shared import File, Json, Runtime, Spec, Threads, ms, print_json, say, say_stage, table
 
 if TYPE_CHECKING:
@@ -63,10 +64,12 @@ def stream(
 
         mobile-bench stream model.tflite --source camera:0 --seconds 60 --out frames.json
 
+    Ctrl-C (or SIGTERM) keeps, shows and writes what came until then.
+
     Exit code 0: measured, in time or not; 2: the file, the source or an option cannot be used, or the runtime
-    crashed.
+    crashed; 130: interrupted.
     """
-    from mobile_bench.files import write_json
+    from mobile_bench.files import check_writable, write_json
     from mobile_bench.flatbuffer import read_model
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.metadata import find_spec
@@ -74,6 +77,7 @@ def stream(
     from mobile_bench.stream import stream as run_stream
     from mobile_bench.stream import summarize_stream
 
+    check_writable(out)
     check_is_tflite(file)
     graph = read_model(file).main
     shape = graph.tensors[graph.inputs[0]].shape[1:] if graph.inputs else ()
@@ -95,6 +99,9 @@ def stream(
     if out:
         write_json(out, whole)
         say(f"every frame is in {out}")
+    if found.interrupted:
+        say(f"interrupted after {found.seconds:.1f} of {seconds:g} s", style="bold red")
+        raise typer.Exit(INTERRUPTED)
 
 
 def _report(title: str, found: Stream, summary: StreamSummary) -> Group:

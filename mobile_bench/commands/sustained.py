@@ -60,14 +60,15 @@ def sustained(
 
         mobile-bench sustained model.tflite --fps 30 --seconds 600 --energy meter.csv
 
-    Ctrl-C shows what was measured until then. Energy is read from the processor's counters (RAPL), a battery that
-    discharges or a meter's log, whose columns are time (Unix seconds or ISO 8601) and power in W, or volts and amps.
+    Ctrl-C (or SIGTERM) keeps, shows and writes what was measured until then. Energy is read from the processor's
+    counters (RAPL), a battery that discharges or a meter's log, whose columns are time (Unix seconds or ISO 8601) and
+    power in W, or volts and amps.
     Without one of these it says 'not measured': nothing is guessed.
 
     Exit code 0: measured, throttled or not; 1: it crashed on the way (what was measured is shown); 2: the file or
     an option cannot be used; 130: interrupted.
     """
-    from mobile_bench.files import write_bytes, write_json
+    from mobile_bench.files import check_writable, write_bytes, write_json
     from mobile_bench.inputs import InputSpec, override
     from mobile_bench.metadata import recorded_spec
     from mobile_bench.records import SCHEMA_VERSION, Target
@@ -75,6 +76,8 @@ def sustained(
 
     if picture and picture.suffix.lower() != ".svg":
         raise InputError("A picture of that kind cannot be drawn", received=picture, allowed="a file named .svg")
+    check_writable(out)
+    check_writable(picture)
     if not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     spec = recorded_spec(file)

@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mobile_bench.cli_support import INTERRUPTED
 from mobile_bench.commands.shared import File, Json, Runtime, Spec, bar, ms, print_json, say
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, Interrupted
 
 _MOST_POINTS = 64
 
@@ -50,8 +51,9 @@ def sweep(
 
         mobile-bench sweep model.tflite --streams 1,2,4 --threads 1 --batch 1
 
-    Exit code 0: all points measured; 1: one failed or was refused (it is shown with its reason); 2: the file or
-    an option cannot be used.
+    Exit code 0: all points measured; 1: one failed or was refused (it is shown with its reason); 2: all were
+    refused, or the file or an option cannot be used; 130: interrupted, by Ctrl-C or SIGTERM: the points before are
+    shown.
     """
     from mobile_bench import records, stats
     from mobile_bench.inputs import InputSpec, override
@@ -61,9 +63,9 @@ def sweep(
     from mobile_bench.streams import MOST_STREAMS, measure_streams
 
     sizes = _counts("size", size, 65_536) if size.strip() else [None]
-    together = _counts("streams", streams, MOST_STREAMS) if streams.strip() else [None]
+    stream_counts = _counts("streams", streams, MOST_STREAMS) if streams.strip() else [None]
     batches, thread_counts = _counts("batch", batch, 4096), _counts("threads", threads, 256)
-    points = list(product(sizes, batches, thread_counts, together))
+    points = list(product(sizes, batches, thread_counts, stream_counts))
     if len(points) > _MOST_POINTS:
         raise InputError("The sweep has too many points", received=len(points), allowed=f"up to {_MOST_POINTS}")
     check_is_tflite(file)
@@ -72,6 +74,7 @@ def sweep(
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
     refusals = {side: _size_refusal(file, side) for side in sizes if side}
     found, shared = [], []
+    interrupted = False
     with bar("measuring") as progress:
         for number, (side, images, thread_count, count) in enumerate(points):
             progress(number, len(points))
@@ -82,14 +85,26 @@ def sweep(
                 continue
             sized = replace(spec or InputSpec(1, 1, 3), height=side, width=side) if side else spec
             options = {"batch": images, "runs": runs, "spec": sized, "seed": seed, "on_progress": _say_text}
-            shared.append(measure_streams(file, count, target, **options) if count else None)
-            found.append(shared[-1].measurement if count else measure(file, target, kind="sweep", **options))
+            try:
+                together = measure_streams(file, count, target, **options) if count else None
+                found.append(together.measurement if count else measure(file, target, kind="sweep", **options))
+                shared.append(together)
+            except KeyboardInterrupt as interrupt:
+                interrupted = True
+                if isinstance(interrupt, Interrupted):
+                    found.append(interrupt.kept)
+                    shared.append(None)
+                if not found:
+                    raise
+                break
+    asked, points = len(points), points[: len(found)]
     summaries = [stats.summarize(measurement) for measurement in found]
     facts = _stream_facts(points, shared)
     if as_json:
         print_json(
             {
                 "schema_version": records.SCHEMA_VERSION,
+                **({"interrupted": True} if interrupted else {}),
                 "points": [
                     {"measurement": records.to_dict(m), "summary": asdict(s) if s else None, **extra}
                     for m, s, extra in zip(found, summaries, facts)
@@ -100,8 +115,11 @@ def sweep(
         Console().print(_table(str(file), found, summaries, [point[0] for point in points], facts))
     for warning in dict.fromkeys(warning for measurement in found for warning in measurement.warnings):
         say(f"warning: {warning}", style="yellow")
+    if interrupted:
+        say(f"interrupted: {len(found)} of {asked} points", style="bold red")
+        raise typer.Exit(INTERRUPTED)
     if None in summaries:
-        raise typer.Exit(1)
+        raise typer.Exit(2 if {measurement.status for measurement in found} == {"refused"} else 1)
 
 
 def _counts(name: str, text: str, most: int) -> list[int]:

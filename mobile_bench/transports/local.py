@@ -21,12 +21,15 @@ class Local:
 
     def run(
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
-        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None, finish_s: float = 0.0,
     ) -> dict:  # fmt: skip
         job = {**job, **{key: str(Path(path).resolve()) for key, path in {**files, **(outputs or {})}.items()}}
         with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
             try:
-                return run_job(module, job, Path(folder), on_progress=on_progress, timeout_s=timeout_s)
+                return run_job(
+                    module, job, Path(folder), on_progress=on_progress, timeout_s=timeout_s, finish_s=finish_s,
+                    environment={"TMPDIR": folder},  # what it makes for itself goes too, however it ends
+                )  # fmt: skip
             except JobFailed as failure:
                 # The log goes with the folder; its last lines are in `received`.
                 raise JobFailed(

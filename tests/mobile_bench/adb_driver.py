@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mobile_bench.errors import Problem
@@ -113,9 +114,10 @@ def unplug(folder):
 
 
 def interrupt(folder):
-    while not (folder / "pid").exists():
-        time.sleep(0.02)
-    os.kill(os.getpid(), signal.SIGINT)
+    """Once the tool hangs; to the main thread, which waits for it and would not wake for another's signal."""
+    while not running("sleep 300"):
+        time.sleep(0.05)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def full(folder):
@@ -137,8 +139,8 @@ def running(name):
 
 
 adbd = None
-CASES = {
-    "good": measure,
+#: At once, by a connection that is there already; what they left is looked at when all have ended.
+TOGETHER = {
     "old format": lambda: measure("plain"),
     "one run": lambda: measure("one"),
     "batch": lambda: measure(job={"batch": 2}),
@@ -147,16 +149,12 @@ CASES = {
     "gpu in part, allowed": lambda: measure("partial", accelerator="gpu", job={"allow_fallback": True}),
     "gpu not at all": lambda: measure("none", accelerator="gpu"),
     "no gpu in the tool": lambda: measure("nogpu", accelerator="gpu"),
-    "crash": lambda: measure("crash"),
     "abort": lambda: measure("abort"),
     "cut short": lambda: measure("cut"),
     "refused": lambda: measure(model="text"),
     "clock backwards": lambda: measure("backwards"),
-    "hangs": lambda: measure("hang", timeout_s=1.5),
-    "hangs without timeout": lambda: measure("hang", timeout_s=1.5, bare=True),
-    "interrupted": lambda: measure("hang", meanwhile=interrupt),
-    "no such serial": lambda: measure(address="it's; touch gone $(touch gone)"),
-    "no such port": lambda: measure(address="127.0.0.1:9"),
+    "hangs": lambda: measure("hang", timeout_s=3.0),
+    "hangs without timeout": lambda: measure("hang", timeout_s=3.0, bare=True),
     "no such folder": lambda: measure(folder=str(WORK / "none" / "such")),
     "no space": lambda: measure(folder=full(WORK / "full"), tool=big_tool()),
     "another module": lambda: evaluate("int8", module="mobile_bench.stream"),
@@ -165,8 +163,33 @@ CASES = {
     "evaluate with an old tool": lambda: evaluate("int8", "old"),
     "compare": compare,
     "profile": profile,
+}
+#: One after the other, each with a connection of its own, which it ends.
+ALONE = {
+    "good": measure,
+    "crash": lambda: measure("crash"),
+    "interrupted": lambda: measure("hang", meanwhile=interrupt, timeout_s=150.0),
+    "no such serial": lambda: measure(address="it's; touch gone $(touch gone)"),
+    "no such port": lambda: measure(address="127.0.0.1:9"),
     "unplugged": lambda: measure("hang", meanwhile=unplug),
 }
+
+
+def outcome(case):
+    try:
+        return {"value": case()}
+    except Problem as problem:
+        return {"error": type(problem).__name__, "text": str(problem)}
+    except KeyboardInterrupt:
+        return {"error": "KeyboardInterrupt", "text": ""}
+
+
+def left_behind(adbutils):
+    return {
+        "left": [str(path) for path in WORK.rglob("mobile-bench-*")],
+        "devices": [info.serial for info in adbutils.adb.list()],
+        "running": running("sleep 300"),
+    }
 
 
 def main():
@@ -181,18 +204,13 @@ def main():
     while "connected" not in (said := adbutils.adb.connect(SERIAL)) or "failed" in said:
         assert time.monotonic() < until and adbd.poll() is None, (WORK / "adbd.log").read_text()
         time.sleep(0.1)
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+        found = dict(zip(TOGETHER, pool.map(outcome, TOGETHER.values())))
     adbutils.adb.disconnect(SERIAL)
-    found = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = {"value": case()}
-        except Problem as problem:
-            found[name] = {"error": type(problem).__name__, "text": str(problem)}
-        except KeyboardInterrupt:
-            found[name] = {"error": "KeyboardInterrupt", "text": ""}
-        found[name]["left"] = [str(path) for path in WORK.rglob("mobile-bench-*")]
-        found[name]["devices"] = [info.serial for info in adbutils.adb.list()]
-        found[name]["running"] = running("sleep 300")
+    after = left_behind(adbutils)
+    found = {name: {**facts, **after} for name, facts in found.items()}
+    for name, case in ALONE.items():
+        found[name] = {**outcome(case), **left_behind(adbutils)}
     found["gone"] = [str(path) for path in (*WORK.rglob("gone"), *Path("/").glob("gone"))]
     print(json.dumps(found))
     adbutils.adb.server_kill()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-FLOAT, INTEGER = 0, 2
+FLOAT, INTEGER, INTEGER_64 = 0, 2, 4
 
 
 def write_chain(path: Path, *operations: str, shape=(1, 8)) -> Path:
@@ -12,7 +12,7 @@ def write_chain(path: Path, *operations: str, shape=(1, 8)) -> Path:
 
     ADD adds a value to itself; CUMSUM and REVERSED sum along the last axis, from the left and from the right;
     CUT takes the second slice of the second axis and drops that axis; EDGETPU is what the Edge TPU's compiler makes
-    of operations; all others take one input.
+    of operations; INT64, the last, casts to int64; all others take one input.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -53,7 +53,11 @@ def write_chain(path: Path, *operations: str, shape=(1, 8)) -> Path:
             begin, end = [0, 1, *(0 for _ in shape[2:])], [shape[0], 2, *shape[2:]]
             inputs += [constant("begin", begin), constant("end", end), constant("strides", [1 for _ in shape])]
             shape = (shape[0], *shape[2:])
+        elif name == "INT64":
+            kind = "CAST"
         value = tensor(f"{name.lower()}_{number}", shape)
+        if name == "INT64":
+            graph.tensors[value].type = INTEGER_64
         code, operator = schema.OperatorCodeT(), schema.OperatorT()
         code.builtinCode = getattr(schema.BuiltinOperator, kind)
         code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), 1

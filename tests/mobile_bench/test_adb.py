@@ -59,7 +59,7 @@ def real(tiny, tmp_path_factory):
     for name in ("ANDROID_SERIAL", "ANDROID_ADB_SERVER_PORT", "ANDROID_ADB_SERVER_HOST"):
         environment.pop(name, None)
     driver = [sys.executable, HERE / "adb_driver.py", folder, ADBD, "15555", tiny.path("int8").parent]
-    done = subprocess.run([*isolated, *driver], env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*isolated, *driver], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(cases=json.loads(done.stdout.splitlines()[-1]), folder=folder)
 

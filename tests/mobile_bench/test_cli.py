@@ -117,12 +117,27 @@ def test_a_crash_of_the_runtime_exits_1_with_its_record(bench, tiny):
         (["run", "{float32}", "--target", "adb:A1"], "benchmark_model"),
         (["run", "{float32}", "--target", "ssh://-o@board"], "address"),
         (["run", "{float32}", "--runtime", "tflite-runtme"], "tflite-runtime"),
+        (["run", "{float32}", "--width", "-1"], "received: -1%"),
+        (["run", "{float32}", "--allow-fallback", "--reference", "a.tflite"], "--allow-fallback, --reference a.tflite"),
+        (["compare", "{float32}", "{float32}", "--out", "/proc/none.json"], "/proc/none.json"),
+        (["sustained", "{float32}", "--out", "{folder}"], "Is a directory"),
+        (["sustained", "{float32}", "--picture", "/proc/none.svg"], "/proc/none.svg"),
+        (["stream", "{float32}", "--source", ".", "--out", "/dev/null/x.json"], "/dev/null/x.json"),
+        (["roofline", "{float32}", "--picture", "/proc/none.svg"], "/proc/none.svg"),
+        (["roofline", "{float32}", "--runs", "0"], "1 to 100000"),
+        (["roofline", "{float32}", "--threads", "99"], "more threads than cores"),
         (["run", "{open_size}"], "--input-spec size="),
         (["run"], "FILE"),
         (["walk"], "walk"),
         (["evaluate", "{float32}"], "--sample"),
         (["evaluate", "{float32}", "--sample", "{sample}"], "scaling="),
-        (["evaluate", "{float32}", "--sample", "{text}", "--input-spec", "scaling=signed"], "sample"),
+        (["evaluate", "{float32}", "--sample", "{text}", "--input-spec", "scaling=signed"], "is no .npz"),
+        (["evaluate", "{float32}", "--sample", "{array}", "--input-spec", "scaling=signed"], "numpy: np.savez("),
+        (["evaluate", "{truncated}", "--sample", "{sample}"], "is damaged"),
+        (
+            ["evaluate", "{float32}", "--sample", "{gray}", "--input-spec", "scaling=signed"],
+            "takes RGB images (3 channels), and the input spec describes gray images",
+        ),
         (
             ["evaluate", "{text}", "--sample", "{sample}", "--input-spec", "scaling=signed"],
             "not a TensorFlow Lite file",
@@ -135,8 +150,11 @@ def test_a_crash_of_the_runtime_exits_1_with_its_record(bench, tiny):
         (["evaluate", "{self_calling}", "--sample", "{sample}", "--input-spec", "scaling=signed"], "SIG"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, capsys):
-    place = lambda name: str(tiny.sample if name == "sample" else tiny.path(name))
+def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, capsys, tmp_path):
+    np.save(tmp_path / "array.npy", tiny.images)
+    np.savez(tmp_path / "gray.npz", images=tiny.images[..., :1], labels=tiny.labels)
+    made = {"sample": tiny.sample, "folder": tmp_path, "array": tmp_path / "array.npy", "gray": tmp_path / "gray.npz"}
+    place = lambda name: str(made.get(name) or tiny.path(name))
     args = [place(arg[1:-1]) if arg.startswith("{") else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["mobile-bench", *args])
     with pytest.raises(SystemExit) as ended:
@@ -162,6 +180,46 @@ def test_evaluate_counts_what_the_file_gets_right(bench, tiny):
     assert found["top1_low"] < found["top1"] < found["top1_high"] and found["schema_version"] == 1
     shown = bench("evaluate", tiny.path("float32"), "--sample", tiny.sample, "--input-spec", "scaling=signed").stdout
     assert f"{correct / 300:.2%}" in shown and f"{correct} of 300" in shown
+
+
+def test_images_that_are_made_to_fit_are_a_warning(bench, tiny, tmp_path):
+    large = np.repeat(np.repeat(tiny.images[:20], 2, axis=1), 2, axis=2)
+    np.savez(tmp_path / "large.npz", images=large, labels=tiny.labels[:20])
+    options = ("--input-spec", "scaling=signed,size=12")
+    done = bench("evaluate", tiny.path("float32"), "--sample", tmp_path / "large.npz", *options)
+    assert done.returncode == 0 and "takes images of 12x12 RGB, the sample's are 24x24 RGB" in done.stderr
+    assert "warning" not in bench("evaluate", tiny.path("float32"), "--sample", tiny.sample, *options).stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
+def test_a_name_that_is_not_utf_8_is_a_name(bench, tiny, tmp_path):
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tflite")
+    Path(file).write_bytes(tiny.path("float32").read_bytes())
+    done = bench("run", file, "--rounds", 1, "--seconds", 0)
+    assert done.returncode == 0 and "caf\\udce9.tflite" in done.stdout, done.stderr
+    sample = ("--sample", tiny.sample, "--input-spec", "scaling=signed")
+    done = bench("evaluate", file, *sample, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["images"] == 300, done.stderr
+    done = bench("sustained", file, "--seconds", 1, "--out", tmp_path / "out.json", "--energy", "none", "--json")
+    assert done.returncode == 0 and json.loads((tmp_path / "out.json").read_bytes()), done.stderr
+
+
+def test_a_target_named_twice_is_measured_once(bench, tiny):
+    done = bench("run", tiny.path("float32"), "--target", "local", "--target", "local", "--rounds", 1, "--seconds", 0)
+    assert done.returncode == 0 and "local was asked for more than once" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirections")
+def test_an_output_that_nobody_gets_is_no_success(tiny, tmp_path):
+    command = f"{sys.executable} -m mobile_bench evaluate {tiny.path('float32')} --sample {tiny.sample} --json"
+    shell = lambda text: subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True)
+    closed = shell(f"{command} --input-spec scaling=signed >&-")
+    assert closed.returncode == 2 and "Standard output is closed" in closed.stderr
+    cut = shell(f"{command} --input-spec scaling=signed | true; exit ${{PIPESTATUS[0]}}")
+    assert cut.returncode == 1 and "Traceback" not in cut.stderr and "Broken" not in cut.stderr
+    if Path("/dev/full").exists():
+        full = shell(f"{command} --input-spec scaling=signed >/dev/full")
+        assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr
 
 
 def test_a_variants_own_spec_is_used(bench, variant, tiny):
@@ -212,3 +270,26 @@ def test_an_interrupt_exits_130_in_one_line(tiny):
     finally:
         child.kill()
     assert child.returncode == 130 and out == "" and "interrupted" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+def test_an_end_by_sigterm_keeps_what_was_measured_and_leaves_no_folder(tiny, tmp_path):
+    command = [sys.executable, "-m", "mobile_bench", "run", str(tiny.path("float32"))]
+    options = ["--json", "--seconds", "600", "--width", "0.00001", "--rounds", "50"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "work")}
+    (tmp_path / "work").mkdir()
+    child = subprocess.Popen(
+        [*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while "process 1: median" not in (line := child.stderr.readline()):
+        assert line, "it ended by itself"
+    child.terminate()
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "Traceback" not in err, err
+    found = json.loads(out)
+    assert found["interrupted"] is True and found["summary"]["samples"] > 0
+    assert any("interrupted after" in warning for warning in found["measurement"]["warnings"])
+    assert list((tmp_path / "work").iterdir()) == []

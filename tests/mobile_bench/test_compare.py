@@ -7,6 +7,8 @@ import pytest
 
 from mobile_bench import compare as comparing
 from mobile_bench import gate, interleave
+from mobile_bench.cli import app
+from mobile_bench.cli_support import exit_code_of
 from mobile_bench.compare import compare, verdicts_of
 from mobile_bench.errors import InputError, JobFailed, ModelRefused
 from mobile_bench.inputs import InputSpec
@@ -88,7 +90,7 @@ def test_the_level_is_shared_out_over_the_files():
 
 
 def test_a_comparison_keeps_every_sample(tiny):
-    found = compare([tiny.path("float32")] * 2, seconds=4, rounds=6, specs=[SPEC, SPEC])
+    found = compare([tiny.path("float32")] * 2, seconds=1, rounds=6, specs=[SPEC, SPEC])
     (verdict,) = found.verdicts
     assert 0.5 < verdict.ratio < 2 and verdict.low < verdict.high
     assert found.rounds == len(found.blocks) == 6 and found.turns == sum(map(len, found.blocks))
@@ -157,11 +159,30 @@ def test_accuracy_is_judged_by_the_images_on_which_they_differ():
     worse, unlucky = labels.copy(), labels.copy()
     worse[:40], unlucky[:2] = 1, 1
     assert gate.judge_accuracy(worse, old, labels, 0.5).verdict == gate.REGRESSION
-    assert gate.judge_accuracy(unlucky, old, labels, 0.5).verdict == gate.ACCEPT
+    assert gate.judge_accuracy(unlucky, old, labels, 0.7).verdict == gate.ACCEPT
     few = gate.judge_accuracy(unlucky[:20], old[:20], labels[:20], 0.5)
     assert few.verdict == gate.ANOMALOUS and "more images" in few.text
     assert gate.judge_accuracy(old, worse, labels, 0.0).verdict == gate.ACCEPT
     assert gate.sign_test(3, 0) == 0.125 and gate.sign_test(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("images", "points", "says"),
+    [(1, 0.5, "about 598"), (40, 0.5, "about 598"), (597, 0.5, "about 598"), (598, 0.5, ""), (40, 8, "")],
+)
+def test_a_sample_too_small_to_exclude_the_loss_is_no_acceptance(images, points, says):
+    labels = np.zeros(images, int)
+    found = gate.judge_accuracy(labels, labels, labels, points)
+    assert found.verdict == (gate.ANOMALOUS if says else gate.ACCEPT) and says in found.text
+
+
+@pytest.mark.parametrize(("images", "lost", "won"), [(600, 0.006, 0.001), (1000, 0.015, 0.01), (300, 0.02, 0.0)])
+def test_a_true_loss_is_excluded_once_in_twenty_at_most(images, lost, won):
+    drawn = np.random.default_rng(0).multinomial(images, [lost, won, 1 - lost - won], 3000)[:, :2]
+    found, counts = np.unique(drawn, axis=0, return_counts=True)
+    bounds = np.array([gate.largest_loss(int(a), int(b), images) for a, b in found])
+    assert counts[bounds < lost - won].sum() / 3000 < 0.06
+    assert np.all(bounds >= (found[:, 0] - found[:, 1]) / images)
 
 
 def test_a_regression_outweighs_a_doubt():
@@ -170,37 +191,67 @@ def test_a_regression_outweighs_a_doubt():
     assert gate.overall(checks[:2]) == gate.ANOMALOUS and gate.overall(checks[:1]) == gate.ACCEPT
 
 
-def test_the_compare_command(bench, tiny, tmp_path):
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run mobile-bench in this process with another `compare` in it: here(compare, 'gate', …) -> code, out, err."""
+
+    def run(compare, *args):
+        monkeypatch.setattr("mobile_bench.compare.compare", compare)
+        code = exit_code_of(lambda **_: app([str(arg) for arg in args], standalone_mode=False))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def found_in(rounds):
+    return lambda *_, **__: comparing.Comparison(
+        Target(), verdicts_of(rounds, ["a", "b"]), len(rounds), 1, 1.0, {"runtime": "x"}, None, (), tuple(rounds)
+    )
+
+
+def test_the_compare_command(bench, here, tiny, tmp_path):
     files = [tiny.path("float32"), tiny.path("int8"), tiny.path("float16")]
     done = bench("compare", *files, "--seconds", 3, "--rounds", 6, "--out", tmp_path / "raw.json")
     assert done.returncode == 0, done.stderr
     assert "99.0% interval" in done.stdout and "6 processes" in done.stdout
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert len(raw["blocks"]) == 6 and len(raw["verdicts"]) == 2 and raw["schema_version"]
+    code, out, _ = here(found_in(rounds_of(1.1, 0.001)), "compare", *files[:2], "--json")
+    assert code == 0 and json.loads(out)["verdicts"][0]["verdict"] == "slower"
     done = bench("compare", *files[:2], "--seconds", 3, "--rounds", 6, "--json")
     assert json.loads(done.stdout)["verdicts"][0]["verdict"] in ("faster", "slower", "cannot tell")
 
 
-def test_the_gate_by_exit_code(bench, tiny, tmp_path):
-    old = tiny.path("float32")
+def test_the_gate_by_exit_code(bench, here, tiny, tmp_path):
+    old, alike = tiny.path("float32"), found_in(rounds_of(1.0, 0.001))
     grown = tmp_path / "grown.tflite"
     grown.write_bytes(old.read_bytes() + bytes(4 * old.stat().st_size))
+    code, out, said = here(alike, "gate", grown, "--against", old)
+    assert code == 1 and "REGRESSION" in out and "accuracy was not judged" in said
     done = bench("gate", grown, "--against", old, "--seconds", 3, "--max-slower", 900)
     assert done.returncode == 1 and "REGRESSION" in done.stdout, done.stderr
-    done = bench("gate", old, "--against", old, "--seconds", 3, "--max-slower", 900, "--sample", tiny.sample,
-                 "--input-spec", "scaling=signed", "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["verdict"] == "ACCEPT" and [c["name"] for c in found["checks"]] == ["size", "accuracy", "latency"]
-    done = bench("gate", tiny.path("self_calling"), "--against", old, "--seconds", 3, "--max-larger", 900)
-    assert done.returncode == 3 and "ANOMALOUS" in done.stdout, done.stderr
+    sample = ("--sample", tiny.sample, "--input-spec", "scaling=signed", "--json")
+    quick = lambda *files, **options: compare(*files, **{**options, "rounds": 6, "seconds": 1})
+    code, out, said = here(quick, "gate", old, "--against", old, "--max-slower", 900, "--max-drop", 2, *sample)
+    found = json.loads(out)
+    assert code == 0 and found["verdict"] == "ACCEPT" and "not judged" not in said
+    assert [c["name"] for c in found["checks"]] == ["size", "accuracy", "latency"]
+    code, out, _ = here(alike, "gate", old, "--against", old, *sample)
+    assert code == 3 and "about 598" in out, "300 images cannot exclude half a point"
+    code, out, _ = here(compare, "gate", tiny.path("self_calling"), "--against", old, "--max-larger", 900)
+    assert code == 3 and "ANOMALOUS" in out
+    code, _, said = here(compare, "gate", tiny.path("truncated"), "--against", old)
+    assert code == 2 and "truncated" in said
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["gate", "{text}", "--against", "{float32}"], ["not a TensorFlow Lite file"]),
-        (["gate", "{float32}", "--against", "{float32}", "--max-slower", "-1"], ["slower", "0 to 10"]),
+        (
+            ["gate", "{float32}", "--against", "{float32}", "--max-slower", "-5"],
+            ["latency", "-5 percent", "0 to 1000 percent"],
+        ),
         (["gate", "{float32}", "--against", "{float32}", "--input-spec", "scaling=unit"], ["--sample"]),
         (["compare", "{float32}"], ["two files"]),
         (["compare", "{float32}", "{float32}", "--rounds", "2"], ["rounds", "6 to"]),

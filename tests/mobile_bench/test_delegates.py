@@ -1,7 +1,5 @@
 """Delegates: a real one, compiled here, that takes additions, and all the ways in which one fails."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +14,6 @@ from mobile_bench.records import Tensor
 from .small_graphs import write_chain
 
 SCORES = Tensor("scores", (1, 4), "float32")
-
-
-@pytest.fixture(scope="module")
-def adder(tmp_path_factory):
-    """The path of a delegate's library; skips where nothing compiles C."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        pytest.skip("no C compiler here to make a delegate with: apt install gcc libc6-dev")
-    library = tmp_path_factory.mktemp("delegate") / "adder.so"
-    source = Path(__file__).with_name("adder_delegate.c")
-    made = subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return library
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import stat
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobile_bench.errors import InputError
-from mobile_bench.files import atomic_path, sha256_of, write_bytes, write_json
+from mobile_bench.files import atomic_path, check_writable, json_text, sha256_of, write_bytes, write_json
 
 
 def test_a_file_appears_whole_with_the_users_own_permissions(tmp_path):
@@ -72,3 +73,20 @@ def test_sha256(tmp_path):
     assert sha256_of(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(InputError, match="cannot be read"):
         sha256_of(tmp_path / "none")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "x.json", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be written"):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "folder" / "x.json")
+    check_writable(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "the trial leaves nothing"
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "caf\udce9 \xfc"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"name": "caf\ufffd \xfc"}
+    assert json.loads(json_text({"name": "caf\udce9 \xfc"})) == {"name": "caf\ufffd \xfc"}
+    assert json_text({"name": "\xfc"}).isascii()

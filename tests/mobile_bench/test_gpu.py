@@ -119,6 +119,26 @@ def test_what_is_left_to_the_cpu_must_be_allowed(run, gpu, tmp_path):
         run(write_chain(tmp_path / "all.tflite", "CUT", shape=(1, 4, 6)), gpu, allow_fallback=True)
 
 
+def test_integers_of_64_bits_come_back(run, gpu, tmp_path, run_python):
+    path = write_chain(tmp_path / "wide.tflite", "EXP", "INT64")
+    with pytest.raises(DelegateError, match="leaves 1 of 2 operations to the CPU"):
+        run(path, gpu)
+    found = run(path, gpu, allow_fallback=True)
+    assert (found["delegated_ops"], found["fallback_ops"]) == (["EXP"], ["CAST"])
+    assert found["device"]["fully_accelerated"] is False and found["output_drift"] < 1e-3
+    code = """
+import sys, numpy as np
+from mobile_bench.gpu import open_gpu
+model = open_gpu(sys.argv[1], allow_fallback=True)
+model.set_inputs(np.full((1, 8), 23, np.float32))
+model.run()
+(found,) = model.get_outputs()
+print(found.dtype, found.shape, abs(int(found[0, 7]) / np.exp(23) - 1) < 1e-3)
+"""
+    done = run_python("-c", code, path, environment=gpu)
+    assert done.stdout.endswith("\nint64 (1, 8) True\n"), done.stderr[-2000:]
+
+
 def test_files_in_turns(gpu, tmp_path):
     one, two = (write_chain(tmp_path / f"{n}.tflite", *["LOGISTIC"] * n) for n in (1, 2))
     job = {
@@ -178,6 +198,7 @@ def test_which_operations_stay_on_the_cpu(tmp_path):
     assert placed("LOGISTIC", "EXP", "CUT", text=again) == (("LOGISTIC", "EXP"), ("STRIDED_SLICE",), why)
     none = PARTLY.replace("1 operations", "No operations").replace("the remaining 2", "all 1")
     assert placed("CUT", text=none) == ((), ("STRIDED_SLICE",), why)
+    assert placed("LOGISTIC", "CUT", "EXP", full=True)[1] == ("STRIDED_SLICE", "not named"), "XNNPACK has the rest"
     assert placed("LOGISTIC", "EXP", text="", full=True) == (("LOGISTIC", "EXP"), (), "")
     assert placed("LOGISTIC", "EXP", text="")[0] == (), "what did not say that it runs there does not"
 

@@ -149,7 +149,7 @@ def test_an_accelerators_job_says_how_to_reach_it(scripted, tiny):
     assert found.status == "ok"
     wanted = {"accelerator": "external", "delegate": "lib.so", "delegate_options": {"a": "b"}, "allow_fallback": True}
     assert wanted.items() <= target.jobs[0].items()
-    with pytest.raises(InputError, match="CPU takes no delegate"):
+    with pytest.raises(InputError, match=r"--delegate lib\.so, --allow-fallback, --delegate-option a=b"):
         measure(tiny.path("float32"), delegate=delegate)
 
 

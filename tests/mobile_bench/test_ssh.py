@@ -24,9 +24,11 @@ from mobile_bench.evaluate import evaluate, evaluate_apart
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
 from mobile_bench.profile import profile
-from mobile_bench.records import Connection, Target
+from mobile_bench.records import Connection, Delegate, Target
 from mobile_bench.transports import transport_for
 from mobile_bench.transports.local import Local
+
+from .small_graphs import write_chain
 
 SSHD = "/usr/sbin/sshd"
 SPEC = InputSpec(12, 12, 3)
@@ -161,6 +163,19 @@ def test_a_measurement_has_the_same_fields_as_here(board, tiny):
     assert there.input_shape == (1, 12, 12, 3) and len(there.latency_ms) >= 50 and there.target == TARGET
     assert there.device.keys() == here.device.keys()
     assert [s["stage"] for s in stages if "stage" in s] == ["load", "warm-up", "timing", *["round"] * len(there.rounds)]
+    assert emptied(board)
+
+
+def test_a_delegates_library_there_is_checked_and_timed(board, adder, tmp_path):
+    target = replace(TARGET, accelerator="external")
+    wanted = Delegate(library=str(adder))
+    found = measure(write_chain(tmp_path / "two.tflite", "ADD", "ADD"), target, connection=board, delegate=wanted)
+    assert (found.status, found.delegated_ops, found.output_drift) == ("ok", ("ADD", "ADD"), 0.0), found.reason
+    mixed = write_chain(tmp_path / "mixed.tflite", "LOGISTIC", "ADD", "EXP")
+    refused = measure(mixed, target, connection=board, delegate=wanted)
+    assert refused.status == "refused" and "LOGISTIC" in refused.reason and not refused.latency_ms
+    missing = measure(mixed, target, connection=board, delegate=Delegate(library="/nowhere/lib.so"))
+    assert missing.status in ("refused", "failed") and "/nowhere/lib.so" in missing.reason
     assert emptied(board)
 
 
@@ -321,7 +336,7 @@ def test_nobody_there(board, tiny):
 
 
 def test_something_else_answers(board, monkeypatch):
-    monkeypatch.setattr("mobile_bench.transports.ssh.CONNECT_S", 1)
+    monkeypatch.setattr("mobile_bench.transports.ssh_login.CONNECT_S", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -2,8 +2,10 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from mobile_bench.stream import STAGES, Stream, stream, summarize_stream
 from mobile_bench.stream_worker import next_frame
 
 SPEC = InputSpec(12, 12, 3)
+ROOT = Path(__file__).parents[2]
 COMMAND = """
 import typer
 from mobile_bench.cli_support import run_app
@@ -385,6 +388,27 @@ def test_the_command_shows_it_and_writes_every_frame(run_python, tiny, photos, t
     done = run_python("-c", COMMAND, tiny.path("int8"), *options, "--json")
     brief = json.loads(done.stdout)
     assert brief["summary"]["processed"] >= 1 and "done_ms" not in brief["stream"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_an_interrupted_stream_keeps_its_frames(tiny, photos, tmp_path, pipelined):
+    options = ["--source", photos, "--input-spec", "scaling=signed", "--seconds", "600", "--out", tmp_path / "out.json"]
+    command = [sys.executable, "-m", "mobile_bench", "stream", tiny.path("int8"), *options]
+    with subprocess.Popen(
+        [*map(str, command), *(["--pipelined"] if pipelined else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=ROOT,
+    ) as child:  # fmt: skip
+        while "600 s at 30" not in (line := child.stderr.readline()):
+            assert line, "it ended by itself"
+        time.sleep(0.7)
+        child.terminate()
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "interrupted after" in err and "From arrival to answer" in out, err
+    whole = json.loads((tmp_path / "out.json").read_text())
+    found = Stream(**whole["stream"])
+    assert found.interrupted and 0 < found.seconds < 60 and summarize_stream(found).dropped >= 0
+    assert len(found.number) + found.waiting <= found.arrived <= found.fps * found.seconds + 1
 
 
 def test_the_command_refuses_in_a_sentence(run_python, tiny, photos, tmp_path):

@@ -1,9 +1,12 @@
 """Streams at once: each is counted in one common window, and one that fails says why."""
 
+import functools
 import json
 
 import pytest
 
+from mobile_bench.cli import app
+from mobile_bench.cli_support import exit_code_of
 from mobile_bench.errors import InputError
 from mobile_bench.records import Target
 from mobile_bench.streams import Streams, _run_until, measure_streams
@@ -65,17 +68,18 @@ def test_what_makes_no_sense_is_refused_at_once(tiny):
         measure_streams(tiny.path("int8"), 1, Target(transport="adb", address="serial"))
 
 
-def test_the_sweep_shows_streams_only_when_asked(run_python, tiny, tmp_path):
-    sweep = lambda *args: run_python(
-        "-m", "mobile_bench", "sweep", tiny.path("int8"), "--threads", "1", "--batch", "2", "--streams", "1,2", *args,
-        environment={"XDG_CACHE_HOME": str(tmp_path)},
-    )  # fmt: skip
-    done = sweep("--json")
-    assert done.returncode == 0, done.stderr
-    points = json.loads(done.stdout)["points"]
+def test_the_sweep_shows_streams_only_when_asked(tiny, monkeypatch, capsys):
+    brief = functools.partial(measure_streams, seconds=0.3)
+    monkeypatch.setattr("mobile_bench.streams.measure_streams", brief)
+
+    def sweep(*args):
+        assert exit_code_of(lambda **_: app(["sweep", str(tiny.path("int8")), *args], standalone_mode=False)) == 0
+        return capsys.readouterr().out
+
+    points = json.loads(sweep("--threads", "1", "--batch", "2", "--streams", "1,2", "--json"))["points"]
     one, two = (point["streams"] for point in points)
     assert (one["streams"], two["streams"]) == (1, 2) and len(two["per_stream"]) == 2
     assert one["efficiency"] == 1 and two["efficiency"] == pytest.approx(two["fps"] / (2 * one["fps"]))
     assert points[1]["summary"]["rounds"] == 2 and points[1]["measurement"]["batch"] == 2
-    shown = sweep()
-    assert shown.returncode == 0 and all(word in shown.stdout for word in ("Streams", "Efficiency", "p99"))
+    shown = sweep("--threads", "1", "--batch", "2", "--streams", "1")
+    assert all(word in shown for word in ("Streams", "Efficiency", "p99"))

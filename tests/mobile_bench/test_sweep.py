@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from mobile_bench.cli import app
+from mobile_bench.cli_support import exit_code_of
 from mobile_bench.commands.sweep import _counts
 from mobile_bench.errors import InputError
+from mobile_bench.measure import measure
 
 
 @pytest.fixture
@@ -36,6 +39,31 @@ def test_a_person_sees_throughput_and_what_it_costs(sweep, tiny):
 def test_a_point_that_fails_is_a_row_with_its_reason(sweep, tiny):
     done = sweep(tiny.path("self_calling"), "--threads", "1", "--batch", "1")
     assert done.returncode == 1 and "failed" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_sweep_keeps_the_points_before(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = []
+
+    def measure_two(*args, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(measure(*args, **{**options, "rounds": 1, "seconds": 0}))
+        return done[-1]
+
+    monkeypatch.setattr("mobile_bench.measure.measure", measure_two)
+    command = ["sweep", str(tiny.path("int8")), "--threads", "1", "--batch", "1,2,3"]
+    assert exit_code_of(lambda **_: app([*command, "--json"], standalone_mode=False)) == 130
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["interrupted"] is True and len(found["points"]) == 2 and "2 of 3 points" in said.err
+    assert exit_code_of(lambda **_: app(command, standalone_mode=False)) == 130
+    assert capsys.readouterr().out == "", "nothing was measured"
+
+
+def test_a_file_that_cannot_be_used_exits_2(sweep, tiny):
+    done = sweep(tiny.path("truncated"), "--threads", "1", "--batch", "1")
+    assert done.returncode == 2 and "truncated" in done.stdout
 
 
 def test_sizes_are_measured_where_the_file_leaves_them_open(sweep, tiny):

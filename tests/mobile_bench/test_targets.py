@@ -1,10 +1,14 @@
 """Which device is meant: URLs, inventories, and what is wrong with them."""
 
 import json
+import signal
+import sys
+import threading
 
 import pytest
 
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, Interrupted
+from mobile_bench.measure import measure_on
 from mobile_bench.records import Connection, Target
 from mobile_bench.targets import Place, find_places, read_inventory
 
@@ -73,6 +77,7 @@ def test_an_inventory_names_devices(tmp_path, monkeypatch):
         ("[targets.a]\nurl = 'local'\ntool = 'x'", "tool"),
         ("[targets.a]\nurl = 'local'\nthread = 2", "Did you mean threads"),
         ("[target.a]\nurl = 'local'", "Did you mean targets"),
+        ("[targets.local]\nurl = 'local'\nthreads = 2", "has a meaning already"),
         ("targets = 3", "no targets"),
         ("[targets", "cannot be read"),
     ],
@@ -119,6 +124,28 @@ def test_one_place_that_fails_does_not_stop_the_others(tiny, tmp_path, monkeypat
     )  # fmt: skip
     assert [m.status for m in found] == ["failed", "ok"] and "went away" in found[0].reason
     assert set(said) == {"local"} and found[0].target.address == "gone"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_an_interrupt_keeps_what_each_place_has_measured(tiny, tmp_path, monkeypatch):
+    """Both are this machine, so that the second waits for the first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = inventory(tmp_path, "[targets.a]\nurl = 'local'\n[targets.b]\nurl = 'local'")
+    heard = []
+
+    def interrupt(place, message):
+        heard.append(place.name)
+        if message.get("done") == 2:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(Interrupted) as caught:
+            measure_on(find_places(["a", "b"], path), tiny.path("float32"), rounds=50, on_progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    by_place = [found for found in caught.value.kept if found]
+    assert len(by_place) == 1 and len(caught.value.kept) == 2 and 2 <= len(by_place[0].rounds) < 50
 
 
 def test_the_command_measures_where_the_inventory_says(run_python, tiny, tmp_path):
