@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from mobile_bench.errors import InputError, Problem
-from mobile_bench.flatbuffer import read_metadata
+from mobile_bench.flatbuffer import read_metadata, read_model
 from mobile_bench.inputs import InputSpec, override
 
 METADATA_KEY = "tfopt"
@@ -25,6 +25,7 @@ def find_spec(tflite: str | Path, text: str = "", *, shape: tuple[int, int, int]
     if known is None:
         says_scaling = any(part.strip().startswith(("scaling=", "mean=")) for part in text.split(","))
         if shape is None or not says_scaling:
+            read_model(tflite)  # a file that is cut short says nothing, and that is then the reason
             raise InputError(
                 "The file does not say how its images are scaled",
                 received=tflite,

@@ -103,7 +103,15 @@ def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | Non
     for layer in flat_layers(model):
         if layer.name in targets and layer.name not in replacements:
             targets[layer.name].set_weights(layer.get_weights())
+    finish_normalizations(copy)
     return copy
+
+
+def finish_normalizations(model: keras.Model) -> None:
+    """After weights were set: a Normalization computes with numbers that it derives from its own only when told."""
+    for layer in flat_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
 
 
 @contextmanager

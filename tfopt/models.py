@@ -29,7 +29,7 @@ from mobile_bench.inputs import InputSpec, override
 from tfopt import modelfiles
 from tfopt.chance import check_not_by_chance
 from tfopt.errors import InputError, ModelError, unknown_name
-from tfopt.graph import calls, flat_layers, rewrite, uncompiled
+from tfopt.graph import calls, finish_normalizations, flat_layers, rewrite, uncompiled
 from tfopt.modelfiles import SPEC_MEMBER, first_line
 
 __all__ = [
@@ -269,6 +269,7 @@ def _with_input_shape(model: keras.Model, shape: tuple[int, int, int], *, copy_a
         resized = keras.models.clone_model(model, input_tensors=keras.Input(shape, name=name))
         if copy_all:
             resized.set_weights(model.get_weights())
+            finish_normalizations(resized)
     except Exception as error:
         raise ModelError(
             "The model cannot take images of that size",
@@ -352,6 +353,7 @@ def _copy_matching(source: keras.Model, target: keras.Model) -> None:
         for mine, theirs in zip(layer.weights, weights.get(layer.name, ())):
             if mine.shape == theirs.shape:
                 mine.assign(theirs)
+    finish_normalizations(target)
 
 
 def with_labels(loaded: LoadedModel, class_names: tuple[str, ...]) -> LoadedModel:

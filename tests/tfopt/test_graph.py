@@ -53,3 +53,21 @@ def test_rewrite_copies_weights_and_replaces_by_name():
     longer = graph.rewrite(model, {"a": [keras.layers.Dense(7, name="a1"), keras.layers.Dense(3, name="a2")]})
     assert [layer.name for layer in graph.flat_layers(longer)] == ["a1", "a2", "b"]
     np.testing.assert_array_equal(longer.get_layer("b").get_weights()[0], model.get_layer("b").get_weights()[0])
+
+
+def test_copies_keep_what_a_normalization_was_adapted_to():
+    from tfopt import models
+    from tfopt.tfmot.bridge import with_weights
+
+    images = np.random.default_rng(0).uniform(0, 255, (64, 8, 8, 3)).astype(np.float32)
+    layer = keras.layers.Normalization(name="norm")
+    layer.adapt(images)
+    image = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 1)(layer(image)))
+    model = keras.Model(image, keras.layers.Dense(2, name="head")(pooled))
+    expected = model(images)
+    assert np.ptp(expected) > 0.01
+    for copy in (graph.rewrite(model), models._with_input_shape(model, (8, 8, 3)), with_weights(model, {})):
+        np.testing.assert_allclose(copy(images), expected, atol=1e-5)
+    wider = models._with_input_shape(model, (16, 16, 3), copy_all=False)
+    np.testing.assert_allclose(wider(np.tile(images, (1, 2, 2, 1))), expected, atol=1e-5)

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from tfopt.errors import ModelRefused
-from tfopt.graph import uncompiled
+from tfopt.graph import finish_normalizations, uncompiled
 from tfopt.tfmot.neutral import Call, Graph, Node, Weights
 
 #: class -> the settings that mean the same in tf_keras
@@ -126,6 +126,7 @@ def with_weights(model: keras.Model, weights: Weights) -> keras.Model:
         old = layer.get_weights()
         if old:
             layer.set_weights([weights.get(f"{name}:{i}", array) for i, array in enumerate(old)])
+    finish_normalizations(clone)
     return clone
 
 
