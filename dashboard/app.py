@@ -9,7 +9,7 @@ import streamlit as st
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from dashboard import shell
-from dashboard.views import leaderboard, trade_off, variant
+from dashboard.views import leaderboard, trade_off, variant, xray
 
 st.set_page_config(page_title="tfopt", page_icon=str(Path(__file__).with_name("assets") / "icon.svg"), layout="wide")
 
@@ -22,6 +22,7 @@ pages = {
         ("leaderboard", leaderboard.show, "Leaderboard", ":material/leaderboard:"),
         ("trade-off", trade_off.show, "Trade-off", ":material/scatter_plot:"),
         ("variant", variant.show, "One variant", ":material/description:"),
+        ("xray", xray.show, "What runs where", ":material/account_tree:"),
     )
 }
 if view:

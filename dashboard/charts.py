@@ -225,6 +225,37 @@ def history(frame: pd.DataFrame, height: int = 280) -> alt.Chart | None:
     )  # fmt: skip
 
 
+def operations(frame: pd.DataFrame, places: tuple[str, str], height: int = 210) -> alt.Chart:
+    """The operations of a file in order, a cell each, colored by where they run (frames.operations_frame).
+
+    places: the names of the delegate and of what is left to, as they stand in the column 'place'. Cells left to the
+    CPU are also lower, so that the picture can be read without its colors.
+    """
+    shown = frame.assign(start=frame["index"] - 0.5, end=frame["index"] + 0.5)
+    shown["top"] = np.where(shown["place"] == places[0], 1.0, 0.62)
+    return (
+        alt.Chart(shown)
+        .mark_rect(stroke="white", strokeWidth=0 if len(shown) > 150 else 0.6)
+        .encode(
+            x=alt.X("start:Q", title="Operation, in the order they run", axis=alt.Axis(tickMinStep=1, format="d"),
+                    scale=alt.Scale(domain=[-0.5, float(shown["index"].max()) + 0.5], nice=False)),
+            x2="end:Q",
+            y=alt.Y("top:Q", axis=None, scale=alt.Scale(domain=[0, 1])),
+            y2=alt.Y2Datum(0),
+            color=alt.Color(
+                "place:N", title=None, legend=alt.Legend(orient="top", symbolType="square"),
+                scale=alt.Scale(domain=list(places), range=[PALETTE[0], PALETTE[3]]),
+            ),
+            tooltip=[
+                alt.Tooltip("index:Q", title="Operation", format="d"), alt.Tooltip("op:N", title="Kind"),
+                alt.Tooltip("layer:N", title="Layer"), alt.Tooltip("place:N", title="Runs on"),
+                alt.Tooltip("reason:N", title="Why not on the delegate"), alt.Tooltip("fix:N", title="Fix"),
+            ],
+        )
+        .properties(height=height, width="container")
+    )  # fmt: skip
+
+
 def _front_line(shown: pd.DataFrame, x_axis: alt.X, y_scale: alt.Scale) -> alt.Chart:
     """The front of the two axes as a staircase: below and right of it everything is beaten."""
     line = shown.iloc[_front_of(shown)].sort_values("x")[["x", "top1"]]

@@ -11,6 +11,7 @@ import pandas as pd
 from mobile_bench import stats
 from mobile_bench.records import Measurement, Quality, Target
 from mobile_bench.store import Entry, Study
+from mobile_bench.xray.report import PLACES, XrayReport
 
 #: What a variant is judged by: most accurate, fastest, smallest.
 OBJECTIVES = {"top1": "max", "median_ms": "min", "size_bytes": "min"}
@@ -148,6 +149,13 @@ def history_frame(entry: Entry) -> pd.DataFrame:
             rows.append((number, label, offset + point.get("step", 0), point.get("val_accuracy"), point.get("loss")))
         offset += training.get("steps") or 0
     return pd.DataFrame(rows, columns=["step_number", "technique", "training_step", "accuracy", "loss"])
+
+
+def operations_frame(report: XrayReport) -> pd.DataFrame:
+    """A row an operation: index, op, layer, place (where it runs, as a person calls it), reason, fix, source."""
+    there, here = PLACES[report.delegate]
+    rows = [dataclasses.asdict(op) | {"place": there if op.runs_on == "delegate" else here} for op in report.ops]
+    return pd.DataFrame(rows, columns=["index", "op", "layer", "place", "reason", "fix", "source"])
 
 
 def _row(study: Study, entry: Entry, place: Place | None, deadline_ms: float) -> dict:

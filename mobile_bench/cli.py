@@ -14,6 +14,7 @@ from mobile_bench.commands.run import run
 from mobile_bench.commands.stream import stream
 from mobile_bench.commands.sustained import sustained
 from mobile_bench.commands.sweep import sweep
+from mobile_bench.commands.xray import xray
 
 app = typer.Typer(
     name="mobile-bench",
@@ -32,7 +33,11 @@ Which of two is faster, and may the new one replace the old one?
     mobile-bench compare old.tflite new.tflite
     mobile-bench gate new.tflite --against old.tflite --sample sample.npz
 
-Does it answer as well here as where it was made? (`tfopt` writes such samples.)
+What of it will run on the accelerator, and why not the rest?
+
+    mobile-bench xray model.tflite --delegate edgetpu
+
+Does it answer as well here as where it was made? (A sample is images and labels, by numpy.savez.)
 
     mobile-bench evaluate model.tflite --sample sample.npz
 """,
@@ -44,7 +49,7 @@ def _callback() -> None:
     """Each command has its own --help."""
 
 
-for command in (run, compare, gate, sweep, profile, roofline, stream, sustained, evaluate, fetch_tool):
+for command in (run, compare, gate, sweep, profile, roofline, stream, sustained, evaluate, xray, fetch_tool):
     app.command()(command)
 
 

@@ -18,6 +18,7 @@ from mobile_bench.records import Target
 from mobile_bench.store import Entry, Study
 
 if TYPE_CHECKING:
+    from tfopt.convert import Converted
     from tfopt.data import ImageData
     from tfopt.recipe import Recipe
 
@@ -116,6 +117,52 @@ def run_study(
         callbacks=tuple(callbacks),
     )
     return studies.run(plan, on_event)
+
+
+def export(
+    model,
+    schemes: str | Sequence[str],
+    out: str | Path,
+    *,
+    calibration=None,
+    validation=None,
+    calibration_images: int | str | None = "auto",
+    ranges: str = "minmax",
+    input_spec: str | None = None,
+    trust: bool = False,
+) -> list[Converted]:
+    """OUT/SCHEME.tflite for each scheme of tfopt.schemes, quantized after training: what `tfopt convert` does.
+
+    model: a keras.Model, a path or 'keras:NAME'. calibration, validation: an ImageData (its splits of these names), a
+    split of one, or uint8 images (count, height, width, 1 or 3), RGB; the first is needed by int8 and int16x8, the
+    second by ranges='best'. Returns one tfopt.convert.Converted a scheme, failed ones included with their reason.
+    """
+    import tempfile
+
+    from tfopt import convert as conversion
+    from tfopt import models as keras_models
+
+    if isinstance(model, (str, Path)):
+        conversion.refuse_tflite(model)
+        model = keras_models.load(model, input_spec=input_spec, trust=trust)
+    elif not isinstance(model, keras_models.LoadedModel):
+        model = keras_models.from_keras(model, input_spec=input_spec)
+    split = lambda given, name: given[name] if hasattr(given, "splits") else given
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.keras"
+        keras_models.save(model.model, file, model.spec)
+        return conversion.convert(
+            file,
+            model.spec,
+            [schemes] if isinstance(schemes, str) else list(schemes),
+            Path(out),
+            calibration=split(calibration, "calibration"),
+            validation=split(validation, "validation"),
+            calibration_images=calibration_images,
+            ranges=ranges,
+            work=Path(folder),
+            trust=trust,
+        )
 
 
 def check_seed(seed: int) -> None:

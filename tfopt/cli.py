@@ -15,7 +15,9 @@ from rich.table import Table
 
 from mobile_bench.cli_support import run_app
 from mobile_bench.records import SCHEMA_VERSION, Target
+from tfopt import xray
 from tfopt.quiet import native_chatter_to_log
+from tfopt.rescue import command as rescue
 
 app = typer.Typer(
     name="tfopt",
@@ -218,23 +220,54 @@ def demo(
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="A .keras or .h5 file, a SavedModel folder, or keras:NAME")],
-    scheme: Annotated[str, typer.Option(help="float32, float16, dynamic or int8")],
-    out: Annotated[Path | None, typer.Option(help="The .tflite to write; MODEL-SCHEME.tflite by default")] = None,
-    data: Annotated[str | None, typer.Option(help="Images to calibrate int8 on; see tfopt study --help")] = None,
+    scheme: Annotated[
+        list[str],
+        typer.Option(
+            help="float32, float16, dynamic, weight8, weight4, int8 or int16x8; with _tensor, _sparse, _uint8 or "
+            "_floatio behind it where that exists, as int8_uint8. Repeatable"
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The .tflite to write, or a folder for MODEL-SCHEME.tflite; here by default")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Images to calibrate on; see tfopt study --help")] = None,
+    calibration_images: Annotated[
+        str, typer.Option(help="How many images, class-balanced; auto: until the ranges settle, at most 512")
+    ] = "auto",
+    calibration_ranges: Annotated[
+        str,
+        typer.Option(help="Ranges of int8: minmax, percentile, mse, entropy, or best: of these on validation images"),
+    ] = "minmax",
+    fix: Annotated[str, typer.Option("--fix", help="Rewrites for delegates: names with commas between, or all")] = "",
     input_spec: InputSpecOption = None,
     trust: Trust = False,
     as_json: Json = False,
 ):
-    """Export one .tflite, quantized after training.
+    """Export .tflite files, quantized after training, each run and compared with the Keras model.
 
     tfopt convert mine.keras --scheme int8 --data photos/
+
+    tfopt convert mine.keras --scheme weight8 --scheme int8_uint8 --data photos/ --calibration-ranges best --out files/
     """
     from tfopt import commands
 
-    written = commands.convert_one(model, scheme, out, data, input_spec, trust)
+    count = int(calibration_images) if calibration_images.isdecimal() else calibration_images
+    written = commands.convert_all(
+        model, scheme, out, data, input_spec, trust, calibration_images=count, ranges=calibration_ranges, fix=fix,
+        on_line=_note,
+    )  # fmt: skip
     if as_json:
-        _print_json({"schema_version": SCHEMA_VERSION, **written})
-    console.print(f"{written['path']}: {written['size_bytes'] / 1e3:.1f} kB", highlight=False)
+        # The first file's facts stand at the top as well: one scheme is the common case.
+        _print_json({"schema_version": SCHEMA_VERSION, **written[0], "files": written})
+    for one in written:
+        for line in commands.conversion_lines(one):
+            console.print(line, highlight=False, soft_wrap=True)
+    if any(one["reason"] for one in written):
+        raise typer.Exit(1)
+
+
+app.command("xray")(xray.command)
+app.command("rescue")(rescue.command)
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 
 from mobile_bench import stats, store
 from mobile_bench.errors import InputError
@@ -13,36 +15,121 @@ from mobile_bench.files import write_bytes
 from mobile_bench.interpreter import check_is_tflite
 from mobile_bench.metadata import find_spec
 from tfopt import attest
+from tfopt import calibration as calibrating
 from tfopt import convert as conversion
 from tfopt import data as data_sets
 from tfopt.errors import ConversionError, DataError
+from tfopt.schemes import parse
 
 
 def convert_one(
-    model: str, scheme: str, out: Path | None, data: str | None, input_spec: str | None, trust: bool
+    model: str, scheme: str, out: Path | None, data: str | None, input_spec: str | None, trust: bool, **options
 ) -> dict:
-    """Export one scheme of one model; returns path, scheme, size_bytes."""
-    conversion.check_schemes([scheme])
-    if scheme == "int8" and not data:
-        raise ConversionError("Full int8 needs images to calibrate on", next_step="Add --data NAME or --data FOLDER")
+    """Export one scheme of one model; what `convert_all` says of its file."""
+    (written,) = convert_all(model, [scheme], out, data, input_spec, trust, **options)
+    return written
+
+
+def convert_all(
+    model: str, schemes: Sequence[str], out: Path | None, data: str | None, input_spec: str | None, trust: bool, *,
+    calibration_images: int | str | None = "auto", ranges: str = "minmax", fix: str = "",
+    on_line: Callable[[str], None] = lambda line: None,
+) -> list[dict]:  # fmt: skip
+    """Export schemes of one model: for each scheme, path, size_bytes, how far from Keras, or the reason of a failure.
+
+    out: a .tflite for one scheme, or a folder; by default the current one. calibration_images and ranges: see
+    tfopt.calibration. fix: names of tfopt.fixes with commas between them, or 'all'; on_line gets what they did.
+    Raises ConversionError where no scheme at all can be exported.
+    """
+    conversion.check_schemes(schemes)
+    if not schemes or len(set(schemes)) != len(schemes):
+        raise ConversionError("There is no scheme or one twice", received=", ".join(schemes) or "nothing")
+    calibrating.check_options(calibration_images, ranges)
+    needed = [scheme for scheme in schemes if parse(scheme).needs_calibration]
+    if needed and not data:
+        what = "Full int8" if needed[0] == "int8" else needed[0]
+        raise ConversionError(f"{what} needs images to calibrate on", next_step="Add --data NAME or --data FOLDER")
+    _check_out(out, schemes)
+    conversion.refuse_tflite(model)
     from tfopt import models
 
-    calibration = data_sets.load(data)["calibration"] if data else None
+    images = data_sets.load(data) if data else None
     loaded = models.load(model, input_spec=input_spec, trust=trust)
-    out = out or Path(f"{loaded.name}-{scheme}.tflite")
-    if out.suffix != ".tflite":
-        raise InputError("The output is not a .tflite file", received=out, allowed="NAME.tflite")
+    if fix:
+        from tfopt import fixes
+
+        loaded = fixes.fix_loaded(loaded, fix, on_line=on_line)
+    single = out if out is not None and out.suffix == ".tflite" else None
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         models.save(loaded.model, work / "model.keras", loaded.spec)
-        (converted,) = conversion.convert(
-            work / "model.keras", loaded.spec, [scheme], work, calibration=calibration, work=work, trust=trust
+        done = conversion.convert(
+            work / "model.keras", loaded.spec, schemes, work, work=work, trust=trust,
+            calibration=images["calibration"] if images else None, calibration_images=calibration_images,
+            ranges=ranges, validation=images["validation"] if images else None,
+        )  # fmt: skip
+        if not any(one.path for one in done):
+            raise ConversionError(f"{model} cannot be exported as {', '.join(schemes)}", received=done[0].reason)
+        return [_written(one, single or (out or Path()) / f"{loaded.name}-{one.scheme}.tflite") for one in done]
+
+
+def _check_out(out: Path | None, schemes: Sequence[str]) -> None:
+    if out is None or out.is_dir() or (out.suffix == "" and not out.exists()):
+        return
+    if out.suffix != ".tflite":
+        raise InputError("The output is not a .tflite file", received=out, allowed="NAME.tflite, or a folder")
+    if len(schemes) > 1:
+        raise InputError(
+            "Several schemes do not go into one file", received=f"--out {out} for {', '.join(schemes)}",
+            next_step="Name a folder",
+        )  # fmt: skip
+
+
+def _written(one: conversion.Converted, path: Path) -> dict:
+    scheme = parse(one.scheme)
+    facts = {"path": None, "scheme": one.scheme, "size_bytes": None, "tool": scheme.tool, "reason": one.reason}
+    if one.path is not None:
+        content = one.path.read_bytes()
+        write_bytes(path, content)
+        facts.update(path=str(path), size_bytes=len(content))
+    return {
+        **facts, "difference": one.difference, "tolerance": scheme.tolerance, "within_tolerance": one.within_tolerance,
+        "agreement": one.agreement, "compared_on": {"images": one.images, "random": one.random},
+        "calibration": one.calibration, "notes": list(one.notes),
+    }  # fmt: skip
+
+
+def conversion_lines(written: dict) -> list[str]:
+    """What `convert_all` says of one file, for a terminal: its line, and how it was calibrated."""
+    if written["path"] is None:
+        return [f"[red]{written['scheme']} failed[/]: {escape(written['reason'])}"]
+    on = written["compared_on"]
+    lines = [
+        f"{escape(written['path'])}: {written['size_bytes'] / 1e3:.1f} kB, outputs within "
+        f"{_percent(written['difference'])} of Keras's range (tolerance of {written['scheme']}: "
+        f"{_percent(written['tolerance'])}), same class on {written['agreement']:.0%} of {on['images']} "
+        f"{'random' if on['random'] else 'calibration'} images"
+    ]
+    if not written["within_tolerance"]:
+        lines.append(
+            f"[yellow]warning:[/] {written['scheme']} is further from Keras than its tolerance. Measure what it costs "
+            "with tfopt evaluate; other --calibration-ranges, int16x8 or float16 may be nearer"
         )
-        if converted.path is None:
-            raise ConversionError(f"{model} cannot be exported as {scheme}", received=converted.reason)
-        content = converted.path.read_bytes()
-    write_bytes(out, content)
-    return {"path": str(out), "scheme": scheme, "size_bytes": len(content)}
+    found = written["calibration"]
+    if found:
+        lines.append(
+            f"  calibrated on {found['used']} of {found['offered']} images ({found['why']}), ranges: {found['ranges']}"
+        )
+        for way, score in found.get("candidates", {}).items():
+            lines.append(
+                f"    {way}: agrees with float32 on {score['agreement']:.2%} of {found['scored_on']} validation "
+                f"images, mean squared error {score['mse']:.3g}"
+            )
+    return lines + [f"  {escape(note)}" for note in written["notes"]]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
 
 
 def evaluate_one(

@@ -155,7 +155,7 @@ def test_a_choice_of_machine_appears_where_there_are_two(own_study, at_study):
     assert len(medians) == 1 and medians.iloc[0] == pytest.approx(9, rel=0.1)
 
 
-PAGES = ("leaderboard", "trade_off", "variant")
+PAGES = ("leaderboard", "trade_off", "variant", "xray")
 
 
 @pytest.mark.parametrize("page", PAGES)
