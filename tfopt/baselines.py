@@ -44,9 +44,9 @@ def train(
 ) -> dict:
     """Train, save and attest a classifier; returns the card.
 
-    architecture: a name of tfopt.builders. size: image height and width, the data's own by default.
-    A model that is there already is refused unless `replace`. The accuracy on the card is that of the
-    exported float32 .tflite on the test split.
+    architecture: a name of tfopt.builders, or 'keras:NAME' for one of keras.applications. size: image height and
+    width, the data's own by default. A model that is there already is refused unless `replace`. The accuracy on the
+    card is that of the exported float32 .tflite on the test split.
     """
     import keras
 
@@ -61,7 +61,16 @@ def train(
         height = width_px = size
     spec = InputSpec(height, width_px, channels, labels=data.class_names)
     keras.utils.set_random_seed(seed)
-    model = builders.build(architecture, spec.shape, data.classes, width)
+    if architecture.startswith("keras:"):
+        if width != 1.0:
+            raise InputError(
+                "The models of keras.applications have a width of their own", received=f"{architecture}, width {width}",
+                next_step="Leave --width out, or take one of tfopt's own architectures",
+            )  # fmt: skip
+        name = architecture.removeprefix("keras:")
+        model, spec = models.untrained_application(name, spec.shape, data.class_names)
+    else:
+        model = builders.build(architecture, spec.shape, data.classes, width)
     data = data.decoded(spec)
     report = training.fit(
         model, data["train"], data["validation"], spec, config, keras=keras, seed=seed, progress=progress

@@ -70,7 +70,10 @@ TestImages = Annotated[int | None, typer.Option(help="Show numbers on at most th
 @app.command()
 def train(
     architecture: Annotated[
-        str, typer.Argument(help="resnet8, resnet20, resnet32, resnet56, mobilenet, mobilenet_v2 or mobilenet_v3_small")
+        str,
+        typer.Argument(
+            help="resnet8, resnet20, resnet32, resnet56, mobilenet, mobilenet_v2, mobilenet_v3_small, or keras:NAME"
+        ),
     ],
     data: Data,
     out: Annotated[Path, typer.Option(help="A folder for model.keras and card.json")],

@@ -107,6 +107,25 @@ def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | Non
     return copy
 
 
+def in_float32(model: keras.Model) -> keras.Model:
+    """The same model computing in float32, where it was trained in mixed precision; its weights are float32 already.
+
+    TFLite's converter has no half-precision kernels. Answers then differ by what float16 or bfloat16 rounds.
+    """
+    layers = [layer for layer in flat_layers(model) if layer.weights or layer.compute_dtype not in (None, "float32")]
+    if all(layer.compute_dtype == "float32" for layer in layers):
+        return model
+
+    def clone(layer):
+        return layer.__class__.from_config({**layer.get_config(), "dtype": "float32"})
+
+    with uncompiled(model):
+        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    copy.set_weights(model.get_weights())
+    finish_normalizations(copy)
+    return copy
+
+
 def finish_normalizations(model: keras.Model) -> None:
     """After weights were set: a Normalization computes with numbers that it derives from its own only when told."""
     for layer in flat_layers(model):

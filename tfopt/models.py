@@ -29,7 +29,7 @@ from mobile_bench.inputs import InputSpec, override
 from tfopt import modelfiles
 from tfopt.chance import check_not_by_chance
 from tfopt.errors import InputError, ModelError, unknown_name
-from tfopt.graph import calls, finish_normalizations, flat_layers, rewrite, uncompiled
+from tfopt.graph import calls, finish_normalizations, flat_layers, in_float32, rewrite, uncompiled
 from tfopt.modelfiles import SPEC_MEMBER, first_line
 
 __all__ = [
@@ -99,6 +99,7 @@ def from_keras(
 ) -> LoadedModel:  # fmt: skip
     """Wrap a model that is already in memory; raises ModelError if it is no image classifier."""
     check_classifier(model)
+    model = in_float32(model)
     if not isinstance(model.input_shape, tuple) or not isinstance(model.output_shape, tuple):
         # Built on a dictionary or list of one tensor: the same graph without it.
         model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
@@ -168,14 +169,12 @@ def check_classes(loaded: LoadedModel, class_names: tuple[str, ...]) -> None:
 
 def _application(text: str) -> tuple[keras.Model, str]:
     name, _, weights = text.partition(":")
-    known = [n for n in dir(keras.applications) if n[0].isupper()]
-    if name not in known:
-        raise unknown_name("model in keras.applications", name, known, error=ModelError)
+    make = _application_maker(name)
     if weights not in ("", "random"):
         raise ModelError("Unknown weights", received=weights, allowed=f"keras:{name} or keras:{name}:random")
     try:
         with _impatient():
-            model = getattr(keras.applications, name)(weights=None if weights else "imagenet")
+            model = make(weights=None if weights else "imagenet")
     except Exception as error:
         raise ModelError(
             f"The ImageNet weights of {name} could not be downloaded",
@@ -185,6 +184,31 @@ def _application(text: str) -> tuple[keras.Model, str]:
     if None in model.input_shape[1:]:
         model = _with_input_shape(model, (APPLICATION_SIZE, APPLICATION_SIZE, 3))
     return model, name.lower()
+
+
+def untrained_application(
+    name: str, shape: tuple[int, int, int], labels: tuple[str, ...]
+) -> tuple[keras.Model, InputSpec]:
+    """A fresh model of keras.applications for images of (height, width, channels), a class for each label.
+
+    Raises ModelError for a name that is not there, and for a size that the architecture does not take.
+    """
+    make = _application_maker(name)
+    try:
+        model = make(weights=None, input_shape=shape, classes=len(labels))
+    except ValueError as error:
+        raise ModelError(
+            f"{name} cannot be made for these images", received=f"{shape}, {first_line(error)}",
+            next_step="Choose a larger image with --size",
+        ) from error  # fmt: skip
+    return model, InputSpec(*shape, labels=labels).with_scaling(_SCALING_OF.get(name, "signed"))
+
+
+def _application_maker(name: str):
+    known = [n for n in dir(keras.applications) if n[0].isupper()]
+    if name not in known:
+        raise unknown_name("model in keras.applications", name, known, error=ModelError)
+    return getattr(keras.applications, name)
 
 
 @contextmanager

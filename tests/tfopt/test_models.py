@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mobile_bench.inputs import InputSpec
-from tfopt import builders, data, models, training
+from tfopt import builders, convert, data, models, training
 from tfopt.errors import InputError, ModelError
 from tfopt.modelfiles import SPEC_MEMBER
 
@@ -552,3 +552,35 @@ def test_heads_of_every_kind_are_replaced():
         models.adapt(models.from_keras(pooled), 4)
     with pytest.raises(InputError, match="at least two classes"):
         models.adapt(models.from_keras(net()), ["only"])
+
+
+def test_an_untrained_application_fits_the_images_and_says_how_it_is_fed():
+    model, spec = models.untrained_application("MobileNetV3Small", (32, 32, 1), ("a", "b", "c"))
+    assert model.input_shape == (None, 32, 32, 1) and model.output_shape == (None, 3)
+    assert spec.labels == ("a", "b", "c") and spec.scaling == "raw"
+    with pytest.raises(ModelError, match="larger image"):
+        models.untrained_application("MobileNetV2", (8, 8, 3), ("a", "b"))
+    with pytest.raises(ModelError, match="Did you mean MobileNetV2"):
+        models.untrained_application("MobilNetV2", (32, 32, 3), ("a", "b"))
+
+
+def test_a_model_of_mixed_precision_computes_in_float32(tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        inputs = keras.Input((8, 8, 3))
+        x = keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3, activation="relu")(inputs))
+        inner = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Conv2D(4, 3), keras.layers.ReLU()])
+        x = keras.layers.GlobalAveragePooling2D()(inner(x))
+        model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", dtype="float32")(x))
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.save(tmp_path / "mixed.keras")
+    loaded = models.load(tmp_path / "mixed.keras", input_spec="scaling=signed")
+    assert {layer.compute_dtype for layer in models.flat_layers(loaded.model)} == {"float32"}
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+    answers = np.asarray(loaded.model(images))
+    assert answers.dtype == np.float32 and np.allclose(answers, np.asarray(model(images)), atol=5e-3)
+    models.save(loaded.model, tmp_path / "model.keras", loaded.spec)
+    (made,) = convert.convert(tmp_path / "model.keras", loaded.spec, ["float32"], tmp_path, work=tmp_path)
+    assert made.within_tolerance, made.reason

@@ -12,6 +12,7 @@ from mobile_bench.errors import Problem
 from mobile_bench.interpreter import open_model
 from tfopt import convert, models
 from tfopt.cli import app
+from tfopt.errors import ModelRefused
 from tfopt.rescue import rescue, rescue_file
 from tfopt.rescue.equalize import equalize
 from tfopt.rescue.graph import Graph
@@ -21,6 +22,7 @@ from tfopt.rescue.moments import Moments
 from tfopt.rescue.refit import refit, rounded_to_nearest, twins
 from tfopt.rescue.rounding import round_dense, round_depthwise
 from tfopt.rescue.score import Judge, layer_errors
+from tfopt.rescue.training import train_and_judge
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +235,79 @@ def test_the_command_writes_file_and_report(depthwise_file, tmp_path):
     json.dumps(report)
 
 
+@pytest.fixture
+def last_rung(files, depthwise_file, digits, spec, tmp_path):
+    """Calls the training rung after a ladder whose best file has a divergence of so much."""
+    arrays = {"choices": digits["validation"].balanced(60), "test": digits["test"].balanced(50)}
+    job = {"float32": str(tmp_path / "float32.tflite"), "out": str(tmp_path / "out.tflite"), "spec": spec.to_dict()}
+    for name, labels in (("choices", "choice_labels"), ("test", "test_labels")):
+        for key, value in ((name, arrays[name].pixels(spec)), (labels, arrays[name].labels)):
+            np.save(tmp_path / f"{key}.npy", value)
+            job[key] = str(tmp_path / f"{key}.npy")
+    (tmp_path / "float32.tflite").write_bytes(files[0])
+    (tmp_path / "out.tflite").write_bytes(files[1])
+
+    def call(divergence, **goal):
+        job["goal"] = {"min_agreement": 1.0, "max_drop": 0.0, **goal}
+        best = {"name": "rounding", "kept": True, "score": {"divergence": divergence}}
+        found = {"rungs": [best], "float": {"agreement": 1.0, "top1": 0.97, "divergence": 0.0}, "reached": False}
+        found |= {"lifted": ["a layer"], "test": "of the repaired file"}
+        return train_and_judge(models.load(depthwise_file), digits, tmp_path, job, found, 30)
+
+    return call
+
+
+def test_training_is_the_last_rung_and_kept_where_it_is_nearer(last_rung, files, tmp_path):
+    found = last_rung(10.0)
+    rung = found["rungs"][-1]
+    assert rung["name"] == "training for int8" and rung["note"] == "30 steps" and rung["kept"]
+    assert rung["score"]["agreement"] > 0.8 and rung["score"]["top1"] > 0.8
+    assert found["test"]["images"] == 50 and found["test"]["agree"] > 35 and found["lifted"] == []
+    content = (tmp_path / "out.tflite").read_bytes()
+    assert content != files[1] and len(content) == rung["size_bytes"]
+    assert open_model(tmp_path / "out.tflite").inputs[0].dtype == "int8"
+
+
+def test_a_trained_file_that_is_no_nearer_is_dropped_unless_it_reaches_the_goal(
+    last_rung, floats, quantized, files, tmp_path, monkeypatch
+):
+    other = broken(floats, quantized).pack()
+    monkeypatch.setattr("tfopt.rescue.training._trained", lambda *_: _written(tmp_path / "other.tflite", other))
+    found = last_rung(0.0)
+    assert not found["reached"] and not found["rungs"][-1]["kept"] and found["test"] == "of the repaired file"
+    assert (tmp_path / "out.tflite").read_bytes() == files[1]
+    found = last_rung(0.0, min_agreement=0.1, max_drop=1.0)
+    assert found["reached"] and found["rungs"][-1]["kept"] and found["test"]["images"] == 50
+    assert (tmp_path / "out.tflite").read_bytes() == other
+
+
+def _written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_model_that_cannot_be_trained_keeps_its_repaired_file(last_rung, files, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ModelRefused("Layer stem cannot be rebuilt for TFMOT")
+
+    monkeypatch.setattr("tfopt.techniques.quantize.QuantizeAware.apply", refuse)
+    found = last_rung(10.0)
+    assert "Layer stem" in found["training_refused"] and len(found["rungs"]) == 1
+    assert (tmp_path / "out.tflite").read_bytes() == files[1]
+
+
+def test_training_begins_only_where_repairs_are_not_enough(depthwise_file, tmp_path):
+    report = rescue_file(
+        str(depthwise_file), "digits", tmp_path / "r.tflite", calibration_images=32, choice_images=40, test_images=60,
+        min_agreement=0.5, max_drop=1.0, qat_steps=30,
+    )  # fmt: skip
+    assert report["reached"] and [rung["name"] for rung in report["rungs"]] == ["as converted"]
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"max_drop": 5}, "max_drop"), ({"min_agreement": -1}, "min_agreement"), ({"max_size": 0.5}, "max_size"),
+    [({"qat_steps": -1}, "training steps"),
+     ({"max_drop": 5}, "max_drop"), ({"min_agreement": -1}, "min_agreement"), ({"max_size": 0.5}, "max_size"),
      ({"spend": "money"}, "money"), ({"choice_images": 0}, "choice images")],
 )  # fmt: skip
 def test_bad_options_are_named_before_any_work(change, word):

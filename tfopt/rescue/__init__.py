@@ -39,7 +39,7 @@ def rescue(
     loaded: LoadedModel, data: ImageData, *, max_drop: float = 0.005, min_agreement: float = 0.98, mixed: bool = True,
     max_size: float = 1.25, spend: str = "both", keep: dict[str, str] | None = None,
     calibration_images: int = CALIBRATION_IMAGES, choice_images: int = CHOICE_IMAGES, test_images: int = TEST_IMAGES,
-    trust: bool = False, on_progress: Callable[[dict], None] | None = None,
+    qat_steps: int = 0, trust: bool = False, on_progress: Callable[[dict], None] | None = None,
 ) -> Rescued:  # fmt: skip
     """Full int8 of a Keras model, repaired until it is good enough on images of the validation split.
 
@@ -48,10 +48,11 @@ def rescue(
     min_agreement: share that must keep the float file's class. mixed: whether some layers may compute in float, up to
     max_size times the int8 file, the price of a layer being bytes, ms (measured here) or both. keep: layers that
     compute in float in any case, name -> 'weight8' (int8 weights, expanded when the file is loaded) or 'float16'.
-    Raises InputError for a value out of range, ConversionError where the model has no full int8 form.
+    qat_steps: where all that is not enough, train for int8 on the train split, with its labels, for so many batches;
+    0 never does. Raises InputError for a value out of range, ConversionError where the model has no full int8 form.
     """
-    _check(max_drop, min_agreement, max_size, spend, calibration_images, choice_images, test_images)
-    _check_data(data)
+    _check(max_drop, min_agreement, max_size, spend, qat_steps, calibration_images, choice_images, test_images)
+    _check_data(data, train=bool(qat_steps))
     from tfopt import convert as conversion
     from tfopt import models
     from tfopt.calibration import choose
@@ -71,6 +72,7 @@ def rescue(
                 raise ConversionError(f"The model cannot be exported as {one.scheme}", received=one.reason)
         choices, test = data["validation"].balanced(choice_images), data["test"].balanced(test_images)
         job = {
+            "operation": "climb",
             "float32": str(work / "float32.tflite"), "int8": str(work / "int8.tflite"), "out": str(work / "out.tflite"),
             "spec": spec.to_dict(), "images": _saved(images, work / "images.npy"),
             **_labelled(choices, spec, work, "choices", "choice_labels"),
@@ -84,6 +86,10 @@ def rescue(
         from mobile_bench.jobs import run_job
 
         found = run_job("tfopt.rescue.ladder", job, work, on_progress=say, timeout_s=TIMEOUT_S)
+        if qat_steps and not found["reached"]:
+            from tfopt.rescue.training import train_and_judge
+
+            found = train_and_judge(loaded, data, work, job, found, qat_steps, timeout_s=TIMEOUT_S, say=say)
         content = (work / "out.tflite").read_bytes()
         sizes = {name: (work / f"{name}.tflite").stat().st_size for name in ("float32", "int8")}
     facts = {
@@ -116,7 +122,7 @@ def rescue_file(
     return {"path": str(out), "model": model, **rescued.report}
 
 
-def _check(max_drop, min_agreement, max_size, spend, *counts) -> None:
+def _check(max_drop, min_agreement, max_size, spend, qat_steps, *counts) -> None:
     for name, value, low, high in (
         ("max_drop", max_drop, 0, 1), ("min_agreement", min_agreement, 0, 1), ("max_size", max_size, 1, 4),
     ):  # fmt: skip
@@ -126,6 +132,8 @@ def _check(max_drop, min_agreement, max_size, spend, *counts) -> None:
         from tfopt.errors import unknown_name
 
         raise unknown_name("price of a layer", str(spend), SPENDINGS)
+    if not isinstance(qat_steps, int) or not 0 <= qat_steps <= 1_000_000:
+        raise InputError("The number of training steps is out of range", received=qat_steps, allowed="0 to 1000000")
     for (name, fewest), count in zip(FEWEST.items(), counts):
         if not isinstance(count, int) or not fewest <= count <= 100_000:
             raise InputError(
@@ -133,7 +141,12 @@ def _check(max_drop, min_agreement, max_size, spend, *counts) -> None:
             )
 
 
-def _check_data(data: ImageData) -> None:
+def _check_data(data: ImageData, train: bool) -> None:
+    if train and not len(data.splits.get("train", ())):
+        raise DataError(
+            "Training for int8 needs images to train on", received="no train split",
+            next_step="Name a data set that has one, or leave out --qat",
+        )  # fmt: skip
     for (name, fewest), split in zip(FEWEST.items(), ("calibration", "validation", "test")):
         if len(data[split]) < fewest:
             raise DataError(

@@ -34,6 +34,10 @@ def command(
             show_default=False,
         ),
     ] = None,
+    qat: Annotated[
+        bool, typer.Option("--qat", help="Where all that is not enough, train for int8: needs labels, and takes longer")
+    ] = False,
+    qat_steps: Annotated[int, typer.Option(help="With --qat: how many batches")] = 300,
     calibration_images: Annotated[int, typer.Option(help="Images that layers are fitted to, without labels")] = 100,
     choice_images: Annotated[int, typer.Option(help="Validation images that decide which repairs stay")] = 300,
     test_images: Annotated[int, typer.Option(help="Test images, looked at once at the end")] = 1000,
@@ -41,11 +45,12 @@ def command(
     trust: Annotated[bool, typer.Option("--trust", help="Run code that the model file carries")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize to full int8 and repair it, step by step, until it is good enough. No training, no labels needed.
+    """Quantize to full int8 and repair it, step by step, until it is good enough. No training, unless --qat.
 
     The steps: the converter's int8; equalization of channels between layers; bias correction; rounding of each layer's
-    weights by what it does to the layer's answer; some layers in float. A step stays only if it brings the file nearer
-    to the float model on validation images. The report lies beside the file as NAME.rescue.json.
+    weights by what it does to the layer's answer; some layers in float; with --qat, training for int8. A step stays
+    only if it brings the file nearer to the float model on validation images, or reaches the goal. The report lies
+    beside the file as NAME.rescue.json.
 
     tfopt rescue mine.keras --data photos/ --max-drop 0.5
 
@@ -64,7 +69,8 @@ def command(
             model, data, out, input_spec=input_spec or None, trust=trust, max_drop=max_drop / 100,
             min_agreement=min_agreement / 100, mixed=mixed, max_size=max_size, spend=spend,
             keep={name: kind or "weight8" for name, _, kind in (one.partition("=") for one in keep or [])},
-            calibration_images=calibration_images, choice_images=choice_images, test_images=test_images,
+            qat_steps=qat_steps if qat else 0, calibration_images=calibration_images, choice_images=choice_images,
+            test_images=test_images,
             on_progress=lambda message: _progress(console, status, message),
         )  # fmt: skip
     report = {"schema_version": SCHEMA_VERSION, **report}
@@ -126,6 +132,8 @@ def summary(report: dict) -> list[str]:
     lines.append(f"Judged on {counts['choices']} validation images; layers fitted to {counts['calibration']} others")
     worst = sorted(report["layers"], key=lambda one: one["sqnr_db"])[:_SHOWN_LAYERS]
     lines.append("Noisiest layers in int8: " + ", ".join(f"{one['layer']} {one['sqnr_db']:.1f} dB" for one in worst))
+    if report.get("training_refused"):
+        lines.append(f"This model could not be trained for int8: {report['training_refused']}")
     if report["lifted"]:
         lines.append("In float: " + ", ".join(f"{one['layer']} ({one['kind']})" for one in report["lifted"]))
     test = report["test"]
@@ -135,17 +143,16 @@ def summary(report: dict) -> list[str]:
         f"Test, {test['images']} images: agreement {test['agree'] / test['images']:.2%} "
         f"(95% {low:.2%} to {high:.2%}), as converted {before:.2%}"
     )
-    if test["correct"] is not None:
-        lost = (test["float_correct"] - test["correct"]) / test["images"]
-        lines.append(
-            f"Test top-1: {test['correct'] / test['images']:.2%}, float {test['float_correct'] / test['images']:.2%}: "
-            f"{abs(lost) * 100:.2f} points {'lost' if lost > 0 else 'won' if lost < 0 else 'of difference'}"
-        )
+    lost = (test["float_correct"] - test["correct"]) / test["images"]
+    lines.append(
+        f"Test top-1: {test['correct'] / test['images']:.2%}, float {test['float_correct'] / test['images']:.2%}: "
+        f"{abs(lost) * 100:.2f} points {'lost' if lost > 0 else 'won' if lost < 0 else 'of difference'}"
+    )
     if report["reached"]:
         lines.append("The goal was reached on the validation images")
     else:
         lines.append(
-            "The goal was not reached: allow a larger file with --max-size, or train for int8 with "
-            "tfopt optimize --recipe qat"
+            "The goal was not reached: allow a larger file with --max-size, or let it train for int8 with --qat and "
+            "more --qat-steps"
         )
     return lines

@@ -1,6 +1,7 @@
 """The ladder: dearer and dearer repairs of one full-int8 file, each kept only if it is nearer to the float file.
 
-`climb` runs in this process; `python -m tfopt.rescue.ladder job.json` is the same in a child.
+`climb` runs in this process; `python -m tfopt.rescue.ladder job.json` is the same in a child. The last rung,
+training for int8, is tfopt.rescue.training's.
 """
 
 from __future__ import annotations
@@ -150,12 +151,15 @@ def _check_names(keep: dict[str, str], quantized: Graph) -> None:
 
 
 def _child(job: dict, emit) -> dict:
+    return {"climb": _climb, "judge": _judge}[job["operation"]](job, emit)
+
+
+def _climb(job: dict, emit) -> dict:
     spec = InputSpec.from_dict(job["spec"])
     floats, quantized = (Graph(Path(job[name]).read_bytes()) for name in ("float32", "int8"))
-    array = lambda name: None if job[name] is None else np.load(job[name], mmap_mode="r", allow_pickle=False)
-    judge = Judge(floats, array("choices"), array("choice_labels"), spec)
     found = climb(
-        floats, quantized, array("images"), judge, spec, Goal(**job["goal"]), extra_ms=job["extra_ms"],
+        floats, quantized, _array(job, "images"), _judge_of(job, "choices", "choice_labels"), spec,
+        Goal(**job["goal"]), extra_ms=job["extra_ms"],
         progress=lambda what, done, total: emit("progress", what=what, done=done, total=total),
         on_rung=lambda rung: emit("progress", rung=dataclasses.asdict(rung)),
     )  # fmt: skip
@@ -170,24 +174,41 @@ def _child(job: dict, emit) -> dict:
             for name, error in found.sqnr_db.items()
         ],
     }
-    if job["test"]:
-        emit("progress", what="test images", done=0, total=1)
-        last = Judge(Graph(Path(job["float32"]).read_bytes()), array("test"), array("test_labels"), spec)
-        for name, graph in (("test", found.graph), ("test_as_converted", quantized)):
-            result[name] = _counts(last, graph, array("test_labels"))
+    emit("progress", what="test images", done=0, total=1)
+    last = _judge_of(job, "test", "test_labels")
+    for name, graph in (("test", found.graph), ("test_as_converted", quantized)):
+        result[name] = _counts(last, graph, _array(job, "test_labels"))
     return result
 
 
-def _counts(judge: Judge, graph: Graph, labels: np.ndarray | None) -> dict:
+def _judge(job: dict, emit) -> dict:
+    """Score another file of the same model, job['candidate'], on the images for choices; and its answers to the test
+    images, which nobody looks at unless the file is kept."""
+    graph = Graph(Path(job["candidate"]).read_bytes())
+    return {
+        "score": dataclasses.asdict(_judge_of(job, "choices", "choice_labels").score(graph)),
+        "test": _counts(_judge_of(job, "test", "test_labels"), graph, _array(job, "test_labels")),
+    }
+
+
+def _judge_of(job: dict, images: str, labels: str) -> Judge:
+    floats, spec = Graph(Path(job["float32"]).read_bytes()), InputSpec.from_dict(job["spec"])
+    return Judge(floats, _array(job, images), _array(job, labels), spec)
+
+
+def _array(job: dict, name: str) -> np.ndarray:
+    return np.load(job[name], mmap_mode="r", allow_pickle=False)
+
+
+def _counts(judge: Judge, graph: Graph, labels: np.ndarray) -> dict:
     named, true = judge.answers(graph).argmax(1), judge.float_answers.argmax(1)
-    known = labels is not None
     return {
         "images": len(named),
         "agree": int(np.sum(named == true)),
-        "correct": int(np.sum(named == labels)) if known else None,
-        "float_correct": int(np.sum(true == labels)) if known else None,
-        "only_float_correct": int(np.sum((true == labels) & (named != labels))) if known else None,
-        "only_file_correct": int(np.sum((true != labels) & (named == labels))) if known else None,
+        "correct": int(np.sum(named == labels)),
+        "float_correct": int(np.sum(true == labels)),
+        "only_float_correct": int(np.sum((true == labels) & (named != labels))),
+        "only_file_correct": int(np.sum((true != labels) & (named == labels))),
     }
 
 
