@@ -162,12 +162,14 @@ def fit(
     loss_hook: LossHook | None = None,
     callbacks: Sequence = (),
     progress: Progress | None = None,
+    settled: int = 0,
 ) -> TrainReport:
     """Train `model` in place.
 
     keras: the module the model belongs to (keras, or tf_keras inside the worker). callbacks: that
     module's own; an epoch to them is what lies between two evaluations. progress: called every ten
-    steps with {'what', 'loss', 'evaluation'}, after an evaluation with 'validation' as well.
+    steps with {'what', 'loss', 'evaluation'}, after an evaluation with 'validation' as well. settled: the step before
+    which `patience` neither counts an evaluation nor keeps its weights: until then the model is not yet what it shall be.
     Raises TrainingError when the loss stops being a number, with the step, and DataError with the
     file's name when an image cannot be read.
     """
@@ -229,7 +231,7 @@ def fit(
                 facts = {"what": "training", "loss": logs["loss"], "validation": score, "evaluation": evaluation}
                 progress(done, steps, facts)
             runner.on_epoch_end(evaluation, logs)
-            if config.patience:
+            if config.patience and done >= settled:
                 if score > best:
                     best, best_weights, misses = score, model.get_weights(), 0
                 else:

@@ -26,20 +26,36 @@ _INSIDE = frozenset((
 ))  # fmt: skip
 
 
+UNMEASURED = "predicted from XNNPACK's conditions for ARM, not measured here; on x86 with AVX only dense kernels run"
+
+
+def missing(nodes: tuple[Node, ...]) -> list[str]:
+    """What a file lacks for XNNPACK's sparse kernels, and so what to change; [] where they would run it."""
+    narrow = [node for node in nodes if _is_1x1(node)]
+    return _missing(nodes, narrow, _share(narrow), _packed(nodes))
+
+
 def sparse_note(nodes: tuple[Node, ...]) -> str:
     """A sentence on sparse kernels, '' where the file has no zeros to speak of."""
     narrow = [node for node in nodes if _is_1x1(node)]
-    counted = [found for node in narrow if (found := _zeros(node)) is not None]
-    total = sum(of for _, of in counted)
-    share = sum(zeros for zeros, _ in counted) / total if total else 0.0
-    packed = any(node.op == "DENSIFY" for node in nodes)
+    share, packed = _share(narrow), _packed(nodes)
     if not packed and share < _PRUNED:
         return ""
-    missing = _missing(nodes, narrow, share, packed)
-    where = "predicted from XNNPACK's conditions for ARM, not measured here; on x86 with AVX only dense kernels run"
-    if missing:
-        return f"Sparse kernels: no ({where}). Missing: {'; '.join(missing)}"
-    return f"Sparse kernels: the 1x1 convolutions ({len(narrow)}, {share:.0%} zeros) qualify ({where})"
+    lacking = _missing(nodes, narrow, share, packed)
+    if lacking:
+        return f"Sparse kernels: no ({UNMEASURED}). Missing: {'; '.join(lacking)}"
+    return f"Sparse kernels: the 1x1 convolutions ({len(narrow)}, {share:.0%} zeros) qualify ({UNMEASURED})"
+
+
+def _packed(nodes: tuple[Node, ...]) -> bool:
+    return any(node.op == "DENSIFY" for node in nodes)
+
+
+def _share(narrow: list[Node]) -> float:
+    """The zeros in the weights of all 1x1 convolutions together."""
+    counted = [found for node in narrow if (found := _zeros(node)) is not None]
+    total = sum(of for _, of in counted)
+    return sum(zeros for zeros, _ in counted) / total if total else 0.0
 
 
 def _missing(nodes: tuple[Node, ...], narrow: list[Node], share: float, packed: bool) -> list[str]:

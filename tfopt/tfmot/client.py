@@ -21,9 +21,10 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import run_job
 from mobile_bench.records import Skip
 from tfopt.data.splits import Split
-from tfopt.errors import ModelRefused, RecipeError
+from tfopt.errors import InputError, ModelRefused, RecipeError
 from tfopt.technique import Context, OptimizedModel
 from tfopt.tfmot import bridge, neutral
+from tfopt.tfmot.kernels import check_numbers
 from tfopt.training import LOSSES, TrainConfig
 
 EXPORT_TIMEOUT_S = 3600
@@ -54,9 +55,9 @@ class Trained:
 
 
 def train(operation: str, optimized: OptimizedModel, context: Context, config: TrainConfig, **job) -> Trained:
-    """Run 'prune' or 'quantize' on a model in the worker. job: the operation's own fields.
+    """Run 'prune', 'cluster' or 'quantize' on a model in the worker. job: the operation's own fields.
 
-    Raises ModelRefused where the model cannot cross or comes back different, RecipeError for callbacks
+    Raises InputError where all training images are of one class, ModelRefused where the model cannot cross or comes back different, RecipeError for callbacks
     and losses that are Python, and whatever Problem the worker raised; JobFailed names its log.
     """
     if context.callbacks:
@@ -71,14 +72,10 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
             received=getattr(config.loss, "__name__", repr(config.loss)),
             allowed=", ".join(LOSSES),
         )
-    if callable(config.loss):
-        raise RecipeError(
-            "A loss from Python cannot be used where TFMOT trains: it works in a process of its own",
-            received=getattr(config.loss, "__name__", repr(config.loss)),
-            allowed=", ".join(LOSSES),
-        )
     spec, model = optimized.spec, optimized.model
     graph, before = bridge.describe(model)
+    check_numbers(graph, before)
+    _check_classes(context.data["train"])
     work = Path(context.work)
     with _exchange(work) as folder:
         images = _probe(spec)
@@ -210,6 +207,16 @@ def _check(model: keras.Model, images: np.ndarray, expected: np.ndarray) -> None
             received=f"{model.name}, difference {difference:.2g}",
             allowed=f"{TOLERANCE:g}",
             next_step="Use recipes without prune and qat, and report the model's architecture",
+        )
+
+
+def _check_classes(train: Split) -> None:
+    classes = np.unique(train.labels)
+    if len(classes) < 2:
+        raise InputError(
+            "The training images are all of one class: a model learns nothing from them, and no range fits the others",
+            received=f"{len(train)} images of class {', '.join(map(str, classes))}",
+            allowed="images of two classes at least",
         )
 
 

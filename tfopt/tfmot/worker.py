@@ -3,6 +3,7 @@
 | operation  | reads                                   | leaves                                          |
 |------------|-----------------------------------------|-------------------------------------------------|
 | prune      | model.npz, splits                       | weights.npz                                     |
+| cluster    | model.npz, splits                       | weights.npz                                     |
 | quantize   | model.npz, splits                       | weights.npz, the fake-quantized model           |
 | export     | a fake-quantized model, perhaps a split | an int8 .tflite, the model's outputs, or both   |
 | savedmodel | a SavedModel folder                     | an .h5 file, and what the model answers         |
@@ -35,7 +36,7 @@ _TOLERANCE = 1e-5
 
 
 def main(job: dict, emit: Callable[..., None]) -> dict:
-    operations = {"prune": prune, "quantize": quantize, "export": export, "savedmodel": savedmodel}
+    operations = {"prune": prune, "cluster": cluster, "quantize": quantize, "export": export, "savedmodel": savedmodel}
     return operations[job["operation"]](job, emit)
 
 
@@ -46,9 +47,18 @@ def prune(job: dict, emit) -> dict:
     config = TrainConfig.from_dict(job["train"])
     train = _split(job["splits"]["train"])
     pruner = Pruner(graph, weights, job["settings"], config.steps_for(len(train)))
-    report = _fit(pruner.model, train, job, config, emit, callbacks=pruner.callbacks())
-    probe = _finish(job, graph, pruner.weights())
-    return {"training": report, "pruned": pruner.pruned, "skipped": pruner.skipped, "probe": probe}
+    report = _fit(pruner.model, train, job, config, emit, callbacks=pruner.callbacks(), settled=pruner.settled)
+    return {"training": report, "policy": pruner.policy, "probe": _finish(job, graph, pruner.weights())}
+
+
+def cluster(job: dict, emit) -> dict:
+    from tfopt.tfmot.clustering import Clusterer
+
+    graph, weights = _model(job)
+    config = TrainConfig.from_dict(job["train"])
+    clusterer = Clusterer(graph, weights, job["kernels"], job["initialization"])
+    report = _fit(clusterer.model, _split(job["splits"]["train"]), job, config, emit)
+    return {"training": report, "probe": _finish(job, graph, clusterer.weights())}
 
 
 def quantize(job: dict, emit) -> dict:
@@ -151,12 +161,12 @@ def _finish(job: dict, graph: neutral.Graph, weights: neutral.Weights) -> str:
     return job["weights"]
 
 
-def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=()) -> dict:
+def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=(), settled: int = 0) -> dict:
     import tf_keras
 
     report = fit(
         model, train, _split(job["splits"]["validation"]), InputSpec.from_dict(job["spec"]), config, keras=tf_keras,
-        seed=job["seed"], callbacks=callbacks,
+        seed=job["seed"], callbacks=callbacks, settled=settled,
         progress=lambda step, steps, facts: emit("progress", step=step, steps=steps, facts=facts),
     )  # fmt: skip
     return report.to_dict()
