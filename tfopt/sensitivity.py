@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tfopt.data.splits import Split
 
-LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 IMAGES = 1000
 
 

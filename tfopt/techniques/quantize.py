@@ -15,6 +15,7 @@ import numpy as np
 
 from mobile_bench.records import StepReport
 from tfopt.errors import ModelRefused, TrainingError
+from tfopt.kept import distinct, is_clustered
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
 
@@ -26,13 +27,16 @@ QUANTIZED_FILE = "quantized.npz"
 class QuantizeAware(Technique):
     """Fine-tune with simulated int8 weights and activations.
 
-    The zeros of a sparse model stay zero. The result carries the fake-quantized model as a file, from
+    The zeros of a sparse model stay zero and the kernels of a clustered one keep no more values than they have (PQAT,
+    CQAT and, with both, PCQAT): which of them it is, the model says by what it carries. The result carries the fake-quantized model as a file, from
     which int8 conversion starts, and its float weights in a Keras 3 model.
     """
 
     name: ClassVar[str] = "qat"
     adds: ClassVar[frozenset[Property]] = frozenset({Property.FAKE_QUANT})
-    keeps: ClassVar[frozenset[Property]] = frozenset({Property.SPARSE, Property.NARROW, Property.LOW_RANK})
+    keeps: ClassVar[frozenset[Property]] = frozenset(
+        {Property.SPARSE, Property.CLUSTERED, Property.NARROW, Property.LOW_RANK}
+    )
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=200, learning_rate=2e-4, evaluations=2, validation_images=2000)
@@ -45,12 +49,15 @@ class QuantizeAware(Technique):
         started = time.monotonic()
         if Property.FAKE_QUANT in optimized.properties:
             raise ModelRefused("The model has been trained for int8 already", next_step="Leave out one qat")
-        sparse = Property.SPARSE in optimized.properties | context.keep
+        carried = optimized.properties | context.keep
+        sparse, clustered = Property.SPARSE in carried, Property.CLUSTERED in carried
         quantized = Path(context.work) / QUANTIZED_FILE
         trained = client.train(
-            "quantize", optimized, context, self.train, keep_zeros=sparse, quantized=str(quantized.resolve())
-        )
+            "quantize", optimized, context, self.train, keep_zeros=sparse, keep_clusters=clustered,
+            quantized=str(quantized.resolve()),
+        )  # fmt: skip
         properties = _zeros_kept(trained) if sparse else {}
+        properties |= _clusters_kept(trained) if clustered else {}
         notes = client.notes(trained)
         if trained.result["float"]:
             names = ", ".join(trained.result["float"])
@@ -75,8 +82,10 @@ class QuantizeAware(Technique):
 def _zeros_kept(trained) -> dict:
     """Measure the zeros before and after; raises TrainingError for the first layer that lost one."""
     zeros = total = 0
+    layers: dict[str, list] = {}
     for name in trained.result["kept"]:
         before, after = trained.before[name] == 0, trained.after[name] == 0
+        layers.setdefault(trained.source(name), []).append(after.ravel())
         if np.any(before & ~after):
             raise TrainingError(
                 f"Layer {trained.source(name)} lost zeros in quantization-aware training",
@@ -86,4 +95,23 @@ def _zeros_kept(trained) -> dict:
             )
         zeros += int(after.sum())
         total += after.size
-    return {"sparsity": zeros / max(1, total), "zeros": zeros}
+    shares = {layer: round(float(np.concatenate(found).mean()), 6) for layer, found in layers.items()}
+    return {"sparsity": zeros / max(1, total), "zeros": zeros, "layer_sparsity": shares}
+
+
+def _clusters_kept(trained) -> dict:
+    """Count the values before and after; raises TrainingError for the first clustered kernel that has more."""
+    counts = {}
+    for name in trained.result["kept"]:
+        if not is_clustered(trained.before[name]):
+            continue
+        before, after = distinct(trained.before[name]), distinct(trained.after[name])
+        if after > before:
+            raise TrainingError(
+                f"Layer {trained.source(name)} lost its clusters in quantization-aware training",
+                received=f"{after} different weights",
+                allowed=f"{before}",
+                next_step="Report this with the recipe and the model's architecture",
+            )
+        counts[trained.source(name)] = max(after, counts.get(trained.source(name), 0))
+    return {"clusters": max(counts.values(), default=0), "layer_clusters": counts}

@@ -7,11 +7,11 @@ neutral graph, not by TFMOT's pattern matcher, which refuses whatever it has no 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_model_optimization as tfmot
 import tf_keras
 from tensorflow_model_optimization.python.core.quantization.keras import quantize_layer, quantizers
 from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import (
@@ -24,9 +24,9 @@ from tensorflow_model_optimization.python.core.quantization.keras.quantize_aware
 from tensorflow_model_optimization.python.core.quantization.keras.quantize_wrapper import QuantizeWrapperV2
 
 from mobile_bench.inputs import InputSpec
-from tfopt.errors import ModelRefused
 from tfopt.tfmot import neutral
 from tfopt.tfmot.neutral import Graph, Node, Weights
+from tfopt.tfmot.preserving import PreservingQuantizer, preserving
 from tfopt.tfmot.rebuild import build, values
 from tfopt.tfmot.rounding import plan
 
@@ -37,15 +37,16 @@ _RANGE_DECAY = 0.99
 class FakeQuantized:
     """A model with simulated int8: `model`, and `weights()`, the float weights below the roundings.
 
-    keep_zeros: weights that are zero stay zero (TFMOT's prune-preserving scheme).
+    keep_zeros: weights that are zero stay zero. keep_clusters: kernels of few values keep no more than these. kept:
+    the names of the kernels that have something to keep; see preserving.py.
     """
 
-    def __init__(self, graph: Graph, weights: Weights, *, keep_zeros: bool = False):
+    def __init__(self, graph: Graph, weights: Weights, *, keep_zeros: bool = False, keep_clusters: bool = False):
         self.graph = graph
         self._rounding = plan(graph)
         self._registry = registry.Default8BitQuantizeRegistry()
-        preserving = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
-        self._keep_zeros = preserving.get_quantize_registry() if keep_zeros else None
+        self._keep = {"zeros": keep_zeros, "clusters": keep_clusters}
+        self._preserving: list[PreservingQuantizer] = []
         self.wrappers: list[QuantizeWrapperV2] = []
         self.kept: list[str] = []
         self._image = quantize_layer.QuantizeLayer(
@@ -59,6 +60,8 @@ class FakeQuantized:
                 wrapper._trainable_weights.clear()  # where the wrapper puts the kernel even of a frozen layer
 
     def weights(self) -> Weights:
+        for quantizer in self._preserving:
+            quantizer.settle()
         return values(self._variables)
 
     def calibrate(self, batches, spec: InputSpec) -> None:
@@ -107,6 +110,7 @@ class FakeQuantized:
 
     def _ranges(self) -> list[tf.Variable]:
         own = {id(variable) for variable in self._variables.values()}
+        own |= {id(quantizer.centroids) for quantizer in self._preserving}
         return [variable for variable in self.model.weights if id(variable) not in own]
 
     def _wrap(self, node: Node, layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
@@ -125,19 +129,14 @@ class FakeQuantized:
 
     def _kernel_config(self, node: Node, layer: tf_keras.layers.Layer):
         config = self._registry.get_quantize_config(layer)
-        if self._keep_zeros is None or node.kind == "DepthwiseConv2D":  # pruning leaves depthwise kernels alone
-            return config
-        if node.kind == "Conv2DTranspose":
-            if np.any(layer.get_weights()[0] == 0):
-                raise ModelRefused(
-                    f"Quantization-aware training cannot keep the zeros of layer {node.source}",
-                    received=node.kind,
-                    allowed="Conv2D and Dense",
-                    next_step=f"Leave it out of pruning: exclude: [{node.source}]",
-                )
-            return config
-        self.kept.append(node.weights[0])
-        return self._keep_zeros.apply_sparsity_preserve_quantize_config(layer, config)
+        if any(self._keep.values()) and node.trainable:
+            quantizer = preserving(config.weight_quantizer, layer.weights[0], **self._keep)
+            if quantizer:
+                config = copy.copy(config)  # the registry gives one and the same to all layers of a type
+                config.weight_quantizer = quantizer
+                self._preserving.append(quantizer)
+                self.kept.append(node.weights[0])
+        return config
 
 
 class _TrackingQuantizer(quantizers.MovingAverageQuantizer):
