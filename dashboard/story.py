@@ -57,7 +57,7 @@ def settings(report: StepReport) -> list[tuple[str, str]]:
     own = [(name, value) for name, value in report.settings.items() if name != "train"]
     train = report.settings.get("train") or {}
     pairs = own + [(f"train.{name}", value) for name, value in (train.items() if isinstance(train, dict) else ())]
-    return [(name, text.setting(value)) for name, value in pairs if value not in (None, [], ())]
+    return [(name, text.setting(value)) for name, value in pairs if value not in (None, [], (), {}, "")]
 
 
 def skipped(report: StepReport) -> list[tuple[str, list[str]]]:
@@ -109,6 +109,11 @@ def origin(entry: Entry) -> list[tuple[str, str]]:
             )
         )
         pairs.append(("Head", spec.head))
-    pairs += [(name, text.setting(value)) for name, value in variant.properties.items()]
+    pairs += [(name, text.setting(value)) for name, value in variant.properties.items() if not isinstance(value, dict)]
+    weights = variant.properties.get("weights")
+    if isinstance(weights, dict):
+        pairs.append(("Zeros in the file's kernels", f"{weights.get('sparsity', 0):.2%}"))
+        pairs.append(("Values of a kernel, at most", f"{weights.get('most_values', 0):,}"))
+        pairs.append(("Values of one output channel, at most", f"{weights.get('most_channel_values', 0):,}"))
     pairs += [(name, str(version)) for name, version in variant.tools.items()]
     return [(name, value) for name, value in pairs if value]

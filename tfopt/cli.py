@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mobile_bench.cli_support import run_app
 from mobile_bench.records import SCHEMA_VERSION, Target
-from tfopt import xray
+from tfopt import sensitivity_command, xray
 from tfopt.quiet import native_chatter_to_log
 from tfopt.rescue import command as rescue
 
@@ -271,6 +271,7 @@ def convert(
 
 app.command("xray")(xray.command)
 app.command("rescue")(rescue.command)
+app.command("sensitivity")(sensitivity_command.command)
 
 
 @app.command()

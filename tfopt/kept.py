@@ -40,7 +40,7 @@ class LayerKept:
 
     zeros, values: how many are zero, how many different values there are, in the file; keras_zeros, keras_values: in
     the Keras kernel. channel_values: the most that one output channel of the file has. lost: weights that are zero in
-    Keras and not in the file. found: whether the file has the kernel at all; the other figures of the file are 0 if not.
+    Keras and not in the file. found: whether the file has the kernel; its other figures are 0 if not.
     """
 
     layer: str
@@ -138,8 +138,7 @@ def summary(rows: tuple[LayerKept, ...]) -> dict:
 def _by_channel(kernel: np.ndarray, kind: str) -> np.ndarray:
     """(height, width, in, out) and its like to (out, height · width · in), TFLite's order."""
     if kind.startswith("Depthwise"):
-        *window, channels, multiplier = kernel.shape
-        return kernel.reshape(-1, channels * multiplier).T
+        return kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1]).T
     outputs = -2 if kind == "Conv2DTranspose" else -1
     return np.moveaxis(kernel, outputs, 0).reshape(kernel.shape[outputs], -1)
 

@@ -94,6 +94,11 @@ def analyze(
     levels = tuple(sorted(set(levels)))
     if not levels or not all(isinstance(level, (int, float)) and 0 < level < 1 for level in levels):
         raise InputError("The levels are not sparsities", received=levels, allowed="above 0 to below 1")
+    classes = max(2, int(model.output_shape[-1]))
+    if int(split.labels.max()) >= classes:
+        raise InputError(
+            "A label has no output in the model", received=f"label {split.labels.max()}", allowed=f"0 to {classes - 1}"
+        )
     chosen, _ = kernels.choose(model, exclude)
     kernels.check_any(chosen, model, exclude, "pruned")
     chosen = [kernel for kernel in chosen if only is None or kernel.key in only]
@@ -118,7 +123,5 @@ def analyze(
                 done = number * len(levels) + len(accuracies)
                 progress(done, len(chosen) * len(levels), {"what": f"sensitivity of {kernel.layer}"})
         variable.assign(original)
-        rows.append(
-            LayerSensitivity(kernel.key, kernel.layer, kernel.kind, original.size, levels, tuple(accuracies))
-        )
+        rows.append(LayerSensitivity(kernel.key, kernel.layer, kernel.kind, original.size, levels, tuple(accuracies)))
     return Sensitivity(before, len(split), levels, tuple(rows))

@@ -25,7 +25,7 @@ from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.lock import held, lock_path
 from mobile_bench.records import StudyRecord, Target, Variant
-from tfopt import attest, convert, steps
+from tfopt import attest, convert, kept, steps
 from tfopt.data import ImageData
 from tfopt.errors import ConversionError, InputError, Problem
 from tfopt.recipe import Recipe
@@ -295,7 +295,7 @@ class _Workshop:
                         for scheme in schemes:
                             self._fail(recipe, scheme, error)
                         continue
-                    exports.append(exporter.submit(self._export, recipe, result, schemes))
+                    exports.append(exporter.submit(self._export, recipe, result, schemes, self._kernels(result)))
                 for export in exports:
                     export.result()
             finally:
@@ -323,13 +323,18 @@ class _Workshop:
             result.classes(self.spec, test, fingerprint)
         return result
 
-    def _export(self, recipe: Recipe, result: steps.StepResult, schemes: list[str]) -> None:
+    def _kernels(self, result: steps.StepResult) -> list[kept.KernelWeights]:
+        """The kernels whose zeros or clusters every file of this result must have; [] where it has none."""
+        carried = {Property.SPARSE, Property.CLUSTERED} & result.properties
+        return kept.kernels(result.open(self.spec).model) if carried else []
+
+    def _export(self, recipe: Recipe, result: steps.StepResult, schemes: list[str], kernels: list) -> None:
         self.say(Event("convert", self.model.name, recipe.name, total=len(schemes)))
         for converted in self._convert(result, schemes):
             try:
                 if converted.path is None:
                     raise ConversionError(converted.reason)
-                self._finish(recipe, result, converted)
+                self._finish(recipe, result, converted, kernels)
             except Exception as error:  # noqa: BLE001 - the other schemes go on
                 self._fail(recipe, converted.scheme, error)
 
@@ -353,8 +358,19 @@ class _Workshop:
         result.keep_classes(outputs, self.spec, fingerprint)
         return [convert.Converted("int8", path)]
 
-    def _finish(self, recipe: Recipe, result: steps.StepResult, converted: convert.Converted) -> None:
+    def _finish(self, recipe: Recipe, result: steps.StepResult, converted: convert.Converted, kernels: list) -> None:
         name = f"{recipe.name}-{converted.scheme}"
+        properties: dict = {prop.value: True for prop in sorted(result.properties, key=lambda p: p.value)}
+        warnings: tuple[str, ...] = ()
+        if kernels:
+            rows = kept.measure(converted.path, kernels)
+            kept.check(
+                rows, sparse=Property.SPARSE in result.properties, clustered=Property.CLUSTERED in result.properties
+            )
+            properties["weights"] = found_kept = kept.summary(rows)
+            if found_kept["not_found"]:
+                names = ", ".join(found_kept["not_found"])
+                warnings += (f"Kernels not found in the file, so their zeros and values are not checked: {names}",)
         test, fingerprint = self.data["test"], self.data.fingerprint
         images = attest.save_split(test, self.spec, self.work)
         progress = lambda done, total, _: self.say(Event("evaluate", self.model.name, name, done, total))
@@ -374,7 +390,8 @@ class _Workshop:
             inputs=found.inputs,
             outputs=found.outputs,
             steps=result.reports,
-            properties={prop.value: True for prop in sorted(result.properties, key=lambda p: p.value)},
+            properties=properties,
+            warnings=warnings,
             tools={**steps.tool_versions(), "runtime": found.runtime},
             seed=self.plan.seed,
             created_at=_now(),

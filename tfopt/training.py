@@ -169,7 +169,7 @@ def fit(
     keras: the module the model belongs to (keras, or tf_keras inside the worker). callbacks: that
     module's own; an epoch to them is what lies between two evaluations. progress: called every ten
     steps with {'what', 'loss', 'evaluation'}, after an evaluation with 'validation' as well. settled: the step before
-    which `patience` neither counts an evaluation nor keeps its weights: until then the model is not yet what it shall be.
+    which `patience` neither counts an evaluation nor keeps its weights: the model is not yet what it shall be.
     Raises TrainingError when the loss stops being a number, with the step, and DataError with the
     file's name when an image cannot be read.
     """

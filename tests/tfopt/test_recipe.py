@@ -25,6 +25,11 @@ def load_text(tmp_path, text):
         ["factorize", "prune", "qat"],
         ["distill", "prune", "qat"],
         ["distill", "factorize", "qat"],
+        ["cluster"],
+        ["prune", "cluster"],
+        ["cluster", "qat"],
+        ["prune", "cluster", "qat"],
+        ["distill", "factorize", "prune", "cluster", "qat"],
     ],
 )
 def test_legal_chain(tmp_path, steps):
@@ -41,6 +46,12 @@ def test_legal_chain(tmp_path, steps):
         (["qat", "prune"], "step 2 (prune) would lose what qat gained: fake quantization"),
         (["distill", "qat", "factorize"], "step 3 (factorize) would lose what qat gained: fake quantization"),
         (["factorize", "distill"], "step 2 (distill) would lose what factorize gained: low rank"),
+        (["cluster", "prune"], "step 2 (prune) would lose what cluster gained: clustered"),
+        (["cluster", "factorize"], "step 2 (factorize) would lose what cluster gained: clustered"),
+        (["cluster", "distill"], "step 2 (distill) would lose what cluster gained: clustered"),
+        (["qat", "cluster"], "step 2 (cluster) would lose what qat gained: fake quantization"),
+        (["prune", "cluster", "prune"], "step 3 (prune) would lose what prune gained: sparse"),
+        (["cluster", "cluster"], "step 2 (cluster) would lose what cluster gained: clustered"),
         (["qat", "qat"], "step 2 (qat) would lose what qat gained: fake quantization"),
     ],
 )
@@ -61,6 +72,12 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
         ("name: a\nsteps: [{prune: {sparsity: 1.5}}]\n", "step 1 (prune)"),
         ("name: a\nsteps: [{prune: {train: {epoch: 1}}}]\n", "Did you mean epochs"),
         ("name: a\nsteps: [{prune: 3}]\n", "is not a technique"),
+        ("name: a\nsteps: [{cluster: {clusters: 1}}]\n", "clusters is out of range"),
+        ("name: a\nsteps: [{cluster: {clusters: 16.5}}]\n", "clusters is out of range"),
+        ("name: a\nsteps: [{cluster: {clusters: 257}}]\n", "int8 has no more values"),
+        ("name: a\nsteps: [{cluster: {layers: {stem: 1}}}]\n", "The clusters of stem is out of range"),
+        ("name: a\nsteps: [{cluster: {layers: 3}}]\n", "not a table"),
+        ("name: a\nsteps: [{cluster: {initialization: linera}}]\n", "Did you mean linear"),
         ("name: a\nschemes: [int9]\n", "Did you mean int8"),
         ("name: a\nschemes: int8\n", "are not a list"),
         ("name: a\nschemes: []\n", "has no schemes"),
@@ -77,7 +94,11 @@ def test_bad_recipe_is_one_clear_error(tmp_path, text, message):
 
 def test_shipped_recipes_load_and_describe_themselves():
     names = recipe.named_recipes()
-    assert {"baseline", "prune", "qat", "lowrank", "distill", "distill_prune_qat"} <= set(names)
+    assert set(names) == {
+        "baseline", "prune", "prune_2_4", "qat", "lowrank", "distill", "distill_prune_qat", "cluster", "prune_cluster",
+        "prune_qat", "cluster_qat", "prune_cluster_qat",
+    }  # fmt: skip
+    assert recipe.load("prune_2_4").steps[0].m_by_n == (2, 4)
     assert all(names.values())
     hybrid = recipe.load("distill_prune_qat")
     assert [step.name for step in hybrid.steps] == ["distill", "prune", "qat"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import keras
 import pytest
@@ -102,6 +105,38 @@ def test_what_is_lost_is_made_again_from_the_kept_steps(made, trained_file, digi
     made_anew = {e.name for e in events if e.kind == "variant" and e.text != "already there"}
     assert made_anew == {"small-int8", "small-float32"}
     assert "step" not in {e.kind for e in events}, "the factorized model was kept, nothing should be trained again"
+
+
+def test_a_worker_that_is_killed_leaves_a_study_that_goes_on(trained_file, digits, tmp_path):
+    """Killed from outside in the middle of clustering: a row with the signal, and the pruning before it is kept."""
+    recipe = tmp_path / "pair.yaml"
+    train = "train: {steps: 20, batch_size: 16, evaluations: 1, validation_images: 50}"
+    recipe.write_text(
+        f"name: pair\nsteps:\n  - prune: {{m_by_n: [2, 4], {train}}}\n  - cluster: {{{train}}}\nschemes: [float32]\n"
+    )
+    out, killed = tmp_path / "out", []
+
+    def kill(event):
+        if event.kind == "step" and "cluster" in event.name and event.done >= 10 and not killed:
+            (job,) = out.rglob("exchange-*/..")  # the worker's own folder
+            for place in Path("/proc").glob("[0-9]*/cmdline"):
+                command = place.read_bytes().split(b"\0") if place.exists() else []
+                if str(job.resolve() / "job.json").encode() in command:
+                    killed.append(int(place.parent.name))
+                    os.kill(killed[0], signal.SIGKILL)
+
+    first = tfopt.run_study([trained_file], digits, [recipe], out=out, targets=(), on_event=kill)
+    (failed,) = first.entries
+    assert killed and failed.variant.status == "failed" and "SIGKILL" in failed.variant.reason
+    events = []
+    again = tfopt.run_study([trained_file], digits, [recipe], out=out, targets=(), on_event=events.append)
+    (entry,) = again.entries
+    assert entry.variant.status == "ok", entry.variant.reason
+    assert not any("prune" in event.name for event in events if event.kind == "step"), "the pruning was finished"
+    weights = entry.variant.properties["weights"]
+    assert weights["most_channel_values"] <= 16 and weights["sparsity"] >= weights["keras_sparsity"] > 0.45
+    assert not weights["not_found"] and not entry.variant.warnings
+    assert {row["layer"] for row in weights["layers"]} >= {"stem", "classes"}
 
 
 def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_file, digits, tmp_path):

@@ -9,7 +9,6 @@ for the processor.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,10 +77,10 @@ class Prune(Technique):
 
     def __post_init__(self):
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
-        for name, value, known in (("schedule", self.schedule, SCHEDULES), ("scope", self.scope, SCOPES),
-                                   ("pool", self.pool, POOLS), ("policy", self.policy or "xnnpack", POLICIES)):  # fmt: skip
-            if value not in known:
-                raise unknown_name(name, str(value), known)
+        choices = {"schedule": SCHEDULES, "scope": SCOPES, "pool": POOLS, "policy": ("", *POLICIES)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), filter(None, known))
         if isinstance(self.sparsity, str) and self.sparsity != SENSITIVITY:
             raise InputError(
                 "sparsity is out of range", received=repr(self.sparsity), allowed="0 to below 1, or sensitivity"

@@ -28,8 +28,8 @@ class QuantizeAware(Technique):
     """Fine-tune with simulated int8 weights and activations.
 
     The zeros of a sparse model stay zero and the kernels of a clustered one keep no more values than they have (PQAT,
-    CQAT and, with both, PCQAT): which of them it is, the model says by what it carries. The result carries the fake-quantized model as a file, from
-    which int8 conversion starts, and its float weights in a Keras 3 model.
+    CQAT and, with both, PCQAT): which of them it is, the model says by what it carries. The result carries the
+    fake-quantized model as a file, from which int8 conversion starts, and its float weights in a Keras 3 model.
     """
 
     name: ClassVar[str] = "qat"

@@ -81,7 +81,9 @@ def choose(
         names = _names(node, types)
         own = [Kernel(node.weights[i], node.source, node.kind, weights[node.weights[i]], names, node.config)
                for i in KERNELS.get(node.kind, ())]  # fmt: skip
-        if not own:
+        if not node.weights[0].rpartition(":")[2].isdigit():  # a constant of the bridge, no weight of the user's
+            skipped.append(Skip(node.source, "not a kernel layer", types.get(node.source, node.kind)))
+        elif not own:
             foreign = node.kind != "PReLU" and any(weights[key].ndim > 1 for key in node.weights)
             reason = "not supported by the technique" if foreign else "not a kernel layer"
             skipped.append(Skip(node.source, reason, node.kind))

@@ -68,7 +68,9 @@ def quantize(job: dict, emit) -> dict:
     graph, weights = _model(job)
     config = TrainConfig.from_dict(job["train"])
     train, spec = _split(job["splits"]["train"]), InputSpec.from_dict(job["spec"])
-    quantized = FakeQuantized(graph, weights, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False))
+    quantized = FakeQuantized(
+        graph, weights, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False)
+    )
     some = train.balanced(_CALIBRATION_BATCHES * 64)
     quantized.calibrate((images for images, _ in some.batches(spec, 64)), spec)
     report = _fit(quantized.model, train, job, config, emit)

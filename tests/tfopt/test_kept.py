@@ -1,0 +1,88 @@
+"""What a .tflite kept of zeros and clusters, on files of the real converter."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from mobile_bench.inputs import InputSpec
+from tfopt import convert, kept, models
+from tfopt.errors import ConversionError
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Five kernels of half zeros and eight values, with batch norms that give channels a factor and a sign."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((12, 12, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(8, 3, use_bias=False, name="conv")(image))
+    x = layers.BatchNormalization()(layers.DepthwiseConv2D(3, use_bias=False, name="deep")(layers.ReLU()(x)))
+    x = layers.Conv2DTranspose(4, 2, name="up")(layers.ReLU()(x))
+    x = layers.SeparableConv2D(6, 3, name="separable")(x)
+    model = keras.Model(image, layers.Dense(10, name="dense")(layers.Flatten()(x)))
+    rng = np.random.default_rng(0)
+    values = np.array([-0.7, -0.4, -0.2, 0.1, 0.3, 0.5, 0.9])
+    for layer in model.layers:
+        arrays = layer.get_weights()
+        if isinstance(layer, layers.BatchNormalization):
+            arrays = [rng.uniform(0.5, 2, len(arrays[0])) * rng.choice((-1, 1), len(arrays[0])), *arrays[1:]]
+        else:
+            arrays = [rng.choice(values, a.shape) * (rng.random(a.shape) < 0.5) if a.ndim > 1 else a for a in arrays]
+        layer.set_weights(arrays)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(net, tmp_path_factory):
+    from tfopt.xray import random_images
+
+    out = tmp_path_factory.mktemp("kept")
+    spec = InputSpec(12, 12, 3)
+    models.save(net, out / "net.keras", spec)
+    made = convert.convert(
+        out / "net.keras", spec, ["float32", "int8"], out, calibration=random_images(spec, 16), work=out
+    )
+    assert all(one.path for one in made), made
+    return {one.scheme: one.path for one in made}
+
+
+@pytest.mark.parametrize("scheme", ["float32", "int8"])
+def test_every_kernel_is_found_with_its_zeros_and_values(net, files, scheme):
+    kernels = kept.kernels(net)
+    assert [kernel.layer for kernel in kernels] == ["conv", "deep", "up", "separable", "separable", "dense"]
+    rows = kept.measure(files[scheme], kernels)
+    for row, kernel in zip(rows, kernels):
+        assert row.found and row.lost == 0, row
+        assert row.zeros == row.keras_zeros == int(np.sum(kernel.values == 0)) > 0.3 * row.weights
+        assert row.channel_values <= row.keras_values <= min(8, row.values) and row.clustered
+    by_layer = {row.layer: row for row in rows}
+    assert by_layer["conv"].keras_values == by_layer["dense"].keras_values == 8
+    assert by_layer["conv"].values > 8, "folded batch norms give each channel values of its own"
+    assert by_layer["dense"].values == 8 or scheme == "int8"
+    kept.check(rows, sparse=True, clustered=True)
+    summary = kept.summary(rows)
+    assert summary["sparsity"] == summary["keras_sparsity"] and not summary["not_found"]
+
+
+def test_a_lost_zero_and_a_new_value_are_errors(net, files):
+    kernels = kept.kernels(net)
+    more = kept.KernelWeights(
+        "conv", np.where(np.arange(kernels[0].values.size).reshape(8, -1) % 9 == 0, 0, kernels[0].values)
+    )
+    with pytest.raises(ConversionError, match="Layer conv lost zeros on the way into the file"):
+        kept.check(kept.measure(files["float32"], [more]), sparse=True, clustered=False)
+    values = kernels[0].values
+    merged = np.select([values > 0.8, np.isclose(values, 0.3), np.isclose(values, -0.4)], [0.5, 0.1, -0.2], values)
+    fewer = kept.KernelWeights("conv", merged)
+    with pytest.raises(ConversionError, match="Layer conv has more values in the file than it has clusters"):
+        kept.check(kept.measure(files["int8"], [fewer]), sparse=True, clustered=True)
+
+
+def test_a_kernel_that_is_not_there_says_so(files):
+    rng = np.random.default_rng(1)
+    (row,) = kept.measure(files["float32"], [kept.KernelWeights("conv", rng.normal(size=(8, 27)))])
+    assert not row.found and kept.summary((row,))["not_found"] == ["conv"]
+    assert not row.clustered and not kept.is_clustered(rng.normal(size=100))
+    assert kept.is_clustered(np.repeat(rng.normal(size=10), 2)) and not kept.is_clustered(np.zeros(10))
