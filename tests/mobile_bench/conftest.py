@@ -1,5 +1,8 @@
-"""A real delegate for the tests of this folder."""
+"""A real delegate and a real GPU runtime for the tests of this folder."""
 
+import ctypes.util
+import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,3 +21,27 @@ def adder(tmp_path_factory):
     made = subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return library
+
+
+@pytest.fixture(scope="session")
+def swiftshader(tmp_path_factory):
+    """The environment in which a process finds SwiftShader, a GPU in software; skips where it is not at hand.
+
+    It is in Debian's chromium-common, the loader in libvulkan1 (tests/install_services.sh installs both). Without
+    them installed, both libraries may lie in the folder that TFOPT_SWIFTSHADER names.
+    """
+    own = os.environ.get("TFOPT_SWIFTSHADER")
+    folder = Path(own or "/usr/lib/chromium")
+    driver = folder / "libvk_swiftshader.so"
+    if not driver.is_file():
+        pytest.skip(f"no GPU in software here: {driver} is not there; run tests/install_services.sh")
+    if not (folder / "libvulkan.so.1").is_file() and not ctypes.util.find_library("vulkan"):
+        pytest.skip("no Vulkan loader here: apt install libvulkan1")
+    work = tmp_path_factory.mktemp("swiftshader")
+    facts = {"library_path": str(driver), "api_version": "1.3.0"}
+    (work / "icd.json").write_text(json.dumps({"file_format_version": "1.0.0", "ICD": facts}))
+    known = [own, os.environ.get("LD_LIBRARY_PATH")]
+    return {
+        "VK_DRIVER_FILES": str(work / "icd.json"), "XDG_RUNTIME_DIR": str(work),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, known)),
+    }  # fmt: skip
