@@ -25,6 +25,7 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
 from mobile_bench.profile import profile
 from mobile_bench.records import Connection, Delegate, Target
+from mobile_bench.sustained import sustain
 from mobile_bench.transports import transport_for
 from mobile_bench.transports.local import Local
 
@@ -176,6 +177,27 @@ def test_a_delegates_library_there_is_checked_and_timed(board, adder, tmp_path):
     assert refused.status == "refused" and "LOGISTIC" in refused.reason and not refused.latency_ms
     missing = measure(mixed, target, connection=board, delegate=Delegate(library="/nowhere/lib.so"))
     assert missing.status in ("refused", "failed") and "/nowhere/lib.so" in missing.reason
+    assert emptied(board)
+
+
+def test_minutes_there_with_the_energy_and_the_heat_of_there(board, tiny, machine):
+    options = {"target": TARGET, "connection": board, "root": machine}
+    found = sustain(tiny.path("float32"), seconds=2.2, idle_s=0.2, **options)
+    assert (found.status, len(found.windows)) == ("ok", 2) and sum(w.count for w in found.windows) > 100
+    assert found.energy.source == "RAPL package-0" and found.energy.gross_mj > 0 and found.energy.idle_w > 0
+    assert found.windows[0].temperature_c == 61.0 and found.device["runtime"] == "ai-edge-litert"
+    with pytest.raises(InputError, match="no battery"):
+        sustain(tiny.path("float32"), seconds=2, energy="battery", **options)
+    assert emptied(board)
+
+
+def test_minutes_there_that_are_interrupted_keep_what_was_measured(board, tiny):
+    def stop(message):
+        if message.get("window"):
+            raise KeyboardInterrupt
+
+    found = sustain(tiny.path("float32"), seconds=60, target=TARGET, connection=board, energy="none", on_progress=stop)
+    assert (found.status, len(found.windows), found.energy) == ("interrupted", 1, None)
     assert emptied(board)
 
 
