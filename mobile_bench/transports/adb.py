@@ -95,7 +95,7 @@ class Adb:
 
     def run(
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
-        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None, finish_s: float = 0.0,
     ) -> dict:  # fmt: skip
         """What these modules do there: worker, interleave, profile, sustained_worker and evaluate. Others need Python:
         InputError.
