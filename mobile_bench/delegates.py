@@ -80,13 +80,15 @@ class Wanted:
 
 
 def open_on(wanted: Wanted | None, path: str, job: dict, size: tuple[int, int] | None) -> Model | GpuModel:
-    """The file on the accelerator, or on the CPU for None, as open_model gives it. job: threads, runtime, batch.
+    """The file on the accelerator, or on the CPU for None, as open_model gives it. job: threads, runtime, batch, and
+    on the CPU resize (see open_model).
 
     Raises DelegateError where the delegate is missing, fails, takes no operation, or leaves some to the CPU
     without leave.
     """
     if wanted is None:
-        return open_model(path, job["threads"], job["runtime"], batch=job["batch"], size=size)
+        resize = job.get("resize", False)
+        return open_model(path, job["threads"], job["runtime"], batch=job["batch"], size=size, resize=resize)
     # Should the delegate end the process, these are the last words of its log.
     print(f"{wanted.library or 'the GPU'} takes over {path}", file=sys.stderr, flush=True)
     if wanted.accelerator == "gpu":

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mobile_bench.errors import InputError
 
@@ -45,6 +45,10 @@ class SourceClosed(InputError):
 
 class Source(Protocol):
     name: str
+
+    @property
+    def facts(self) -> dict:
+        """What another machine needs to add up its readings: see `told`."""
 
     def read(self) -> Reading:
         """What it says now; InputError where it has nothing to say any more."""
@@ -120,6 +124,46 @@ def closed_sources(root: str | Path = "/") -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Told:
+    """A source on another machine: it is read there, and added up here from what it says of itself."""
+
+    name: str
+    kind: str
+    ranges: tuple[float, ...] = ()
+
+    def joules_between(self, readings: Sequence[Reading]) -> float:
+        return _ADD_UP[self.kind](_at_least_two(readings), self.ranges)
+
+
+def told(facts: dict) -> Told:
+    """The source that another process described by its `facts`."""
+    return Told(facts["name"], facts["kind"], tuple(facts["ranges"]))
+
+
+def _counted(readings: Sequence[Reading], ranges: Sequence[float]) -> float:
+    """Joules by counters of microjoules, which start again at 0 after their range."""
+    steps = (
+        after - before if after >= before else after - before + limit
+        for one, next_one in pairwise(readings)
+        for before, after, limit in zip(one.values, next_one.values, ranges)
+    )
+    return sum(steps) / 1e6
+
+
+def _left(readings: Sequence[Reading], ranges: Sequence[float]) -> float:
+    """Joules by what a battery holds."""
+    return readings[0].values[0] - readings[-1].values[0]
+
+
+def _drawn(readings: Sequence[Reading], ranges: Sequence[float]) -> float:
+    """Joules by watts."""
+    return _trapezoid([(reading.at_s, reading.values[0]) for reading in readings])
+
+
+_ADD_UP = {"counters": _counted, "joules left": _left, "watts": _drawn}
+
+
 class Rapl:
     """The processor's own energy counters, by Linux's powercap (kernel document power/powercap).
 
@@ -144,13 +188,12 @@ class Rapl:
     def read(self) -> Reading:
         return _now(_whole(zone / "energy_uj") for zone in self._counters)
 
+    @property
+    def facts(self) -> dict:
+        return {"name": self.name, "kind": "counters", "ranges": self._ranges}
+
     def joules_between(self, readings: Sequence[Reading]) -> float:
-        steps = (
-            after - before if after >= before else after - before + limit
-            for one, next_one in pairwise(_at_least_two(readings))
-            for before, after, limit in zip(one.values, next_one.values, self._ranges)
-        )
-        return sum(steps) / 1e6
+        return told(self.facts).joules_between(readings)
 
 
 class Battery:
@@ -185,11 +228,22 @@ class Battery:
             return _now([sum(_joules_left(battery) for battery in self._batteries)])
         return _now([sum(_watts(battery) or 0.0 for battery in self._batteries)])
 
+    @property
+    def facts(self) -> dict:
+        return {"name": self.name, "kind": "joules left" if self._counting else "watts", "ranges": ()}
+
     def joules_between(self, readings: Sequence[Reading]) -> float:
-        readings = _at_least_two(readings)
-        if self._counting:
-            return readings[0].values[0] - readings[-1].values[0]
-        return _trapezoid([(reading.at_s, reading.values[0]) for reading in readings])
+        return told(self.facts).joules_between(readings)
+
+
+class Clock:
+    """No meter, only the time: for a meter's log that lies on another machine."""
+
+    name = "a meter's log"
+    facts: ClassVar[dict] = {}
+
+    def read(self) -> Reading:
+        return _now(())
 
 
 class MeterLog:
@@ -199,6 +253,8 @@ class MeterLog:
     `power` in watts or `volts` and `amps`; other columns are left alone. The log is read when the run is over, and
     must then span it; the meter's clock and this machine's must agree.
     """
+
+    facts: ClassVar[dict] = {}
 
     def __init__(self, path: str | Path):
         self._path = Path(path)

@@ -4,9 +4,9 @@ Problem                     something a person can put right; exit code 2
 ├── InputError              a file, flag or value that cannot be used
 ├── DataError               images or labels that cannot be read
 ├── ModelRefused            a runtime or a technique will not take this model
-├── TransportError          a target cannot be reached, will not let us in, or went away
+├── TransportError          a target cannot be reached, will not let us in, or went away; exit code 1
 ├── DelegateError           a delegate's library is missing, or it fell back or was wrong
-└── JobFailed               a child process failed, was killed or ran out of time or memory
+└── JobFailed               a child process failed, was killed or ran out of time or memory; exit code 1
 
 tfopt.errors adds its own branches to the same tree, so that one `except Problem` at the
 top of each command line is enough.
@@ -76,6 +76,8 @@ class TransportError(Problem):
 
 class JobFailed(Problem):
     """A child process failed, was killed or ran out of time or memory."""
+
+    exit_code = 1
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, error: type[Problem] = InputError) -> Problem:

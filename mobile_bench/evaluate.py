@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,8 +26,11 @@ from mobile_bench.errors import DataError, InputError, ModelRefused
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, dequantize, open_model, quantize
 from mobile_bench.jobs import serve
-from mobile_bench.records import Connection, Target, Tensor
+from mobile_bench.records import Connection, Delegate, Target, Tensor
 from mobile_bench.transports import transport_for
+
+if TYPE_CHECKING:
+    from mobile_bench.delegates import Wanted
 
 Progress = Callable[[int, int], None]
 _LOCAL = Target()
@@ -65,14 +69,15 @@ class Evaluation:
 
 def evaluate(
     tflite: str | Path, images: np.ndarray, labels: np.ndarray, spec: InputSpec, *, workers: int | None = None,
-    runtime: str = "auto", progress: Progress | None = None,
+    runtime: str = "auto", progress: Progress | None = None, wanted: Wanted | None = None,
 ) -> Evaluation:  # fmt: skip
     """Run every image through a classifier and count the right answers.
 
     images: uint8 RGB (count, height, width, 1 or 3), or anything with len() whose slices are that.
     labels: int (count,). spec: how to scale them and read the head; another size is resized. workers:
     interpreters at work at once; None chooses by timing the first images. progress(done, count) is
-    called from the calling thread. Raises InputError, DataError or ModelRefused; a file that crashes
+    called from the calling thread. wanted: another processor than the CPU, which one worker then uses.
+    Raises InputError, DataError or ModelRefused; a file that crashes
     the runtime takes the process along, so use `evaluate_apart` for a file from elsewhere.
     """
     labels = np.asarray(labels)
@@ -82,7 +87,7 @@ def evaluate(
             received=f"{labels.dtype} labels of shape {labels.shape} for {len(images)} images",
             allowed="one whole number per image",
         )
-    return _Evaluator(Path(tflite), images, labels, spec, workers, runtime, progress).run()
+    return _Evaluator(Path(tflite), images, labels, spec, workers, runtime, progress, wanted).run()
 
 
 def predictions_only(
@@ -96,14 +101,19 @@ def predictions_only(
 
 def evaluate_apart(
     tflite: str | Path, sample: str | Path, spec: InputSpec, target: Target = _LOCAL, *,
-    connection: Connection | None = None, workers: int | None = None, progress: Progress | None = None,
-    timeout_s: float | None = None,
+    connection: Connection | None = None, delegate: Delegate | None = None, workers: int | None = None,
+    progress: Progress | None = None, timeout_s: float | None = None,
 ) -> Evaluation:  # fmt: skip
-    """`evaluate` on a sample .npz in a process of its own, here or on another target.
+    """`evaluate` on a sample .npz in a process of its own, here or on another target, on the target's accelerator.
 
-    Raises JobFailed where the file crashes the runtime, TransportError where the target cannot be reached.
+    delegate: how an accelerator other than the CPU is reached. Raises DelegateError where it is missing, fails or
+    leaves operations to the CPU without leave, JobFailed where the file crashes the runtime, TransportError where the
+    target cannot be reached.
     """
+    from mobile_bench.measure import accelerator_job
+
     job = {"spec": spec.to_dict(), "workers": workers, "runtime": target.runtime, "threads": target.threads}
+    accelerator_job(job, target, delegate)  # its reference is for timing: here the answers themselves are looked at
     relay = (lambda m: progress(m["done"], m["total"]) if "done" in m else None) if progress else None
     with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder, transport_for(target, connection) as transport:
         out = Path(folder) / "predictions.npy"
@@ -201,6 +211,7 @@ class _Evaluator:
     workers: int | None
     runtime: str
     progress: Progress | None
+    wanted: Wanted | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
     _done: int = 0
@@ -222,6 +233,7 @@ class _Evaluator:
             images_that_fit = _CHUNK_BYTES // (4 * math.prod(self.spec.shape))
             self.chunk = max(1, min(256, int(_CHUNK_S / image_s), images_that_fit))
             workers = self.workers or choose_workers(left * image_s, opened_s, usable_cores())
+            workers = workers if self.wanted is None else 1  # there is one accelerator
             self._share(model, workers)
         if self.progress:
             self.progress(count, count)
@@ -231,7 +243,12 @@ class _Evaluator:
         )  # fmt: skip
 
     def _open(self) -> Model:
-        return open_model(self.tflite, runtime=self.runtime, size=(self.spec.height, self.spec.width))
+        size = (self.spec.height, self.spec.width)
+        if self.wanted is None:
+            return open_model(self.tflite, runtime=self.runtime, size=size)
+        from mobile_bench.delegates import open_on
+
+        return open_on(self.wanted, str(self.tflite), {"threads": 1, "runtime": self.runtime, "batch": 1}, size)
 
     def _check(self, model: Model) -> None:
         if len(model.inputs) != 1 or model.inputs[0].shape != (1, *self.spec.shape):
@@ -333,10 +350,13 @@ class _Evaluator:
 
 
 def _child(job: dict, emit) -> dict:
+    from mobile_bench.delegates import Wanted
+
     images, labels = read_sample(job["sample"])
     result = evaluate(
         job["tflite"], images, labels, InputSpec.from_dict(job["spec"]), workers=job["workers"],
         runtime=job["runtime"], progress=lambda done, total: emit("progress", done=done, total=total),
+        wanted=Wanted.of(job),
     )  # fmt: skip
     np.save(job["out"], result.predictions)
     facts = {name: getattr(result, name) for name in ("correct", "images", "runtime", "workers", "seconds")}

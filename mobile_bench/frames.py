@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import threading
 import time
+import zipfile
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES, MOST_IMAGE_BYTES = (".jpg", ".jpeg", ".png"), 512 << 20
+PACKED = ".zip"
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mjpeg", ".h264")
 _CAMERA, _DEVICE = "camera:", "/dev/video"
 _CAMERA_WAIT_S = 5.0
@@ -43,14 +46,14 @@ def kind_of(source: str) -> str:
     if source.startswith((_CAMERA, _DEVICE)):
         return "camera"
     path = Path(source)
-    if path.is_dir() or (path.suffix.lower() in IMAGES and path.is_file()):
+    if path.is_dir() or (path.suffix.lower() in (*IMAGES, PACKED) and path.is_file()):
         return "images"
     if path.suffix.lower() in VIDEOS and path.is_file():
         return "video"
     raise InputError(
         "The source of frames cannot be used",
         received=f"{source} ({'not one of these' if path.exists() else 'no such file or folder'})",
-        allowed=f"a folder of {', '.join(IMAGES)}; a video ({', '.join(VIDEOS)}); camera:0 or /dev/video0",
+        allowed=f"a folder or .zip of {', '.join(IMAGES)}; a video ({', '.join(VIDEOS)}); camera:0 or /dev/video0",
     )
 
 
@@ -72,23 +75,24 @@ class Images:
     """
 
     def __init__(self, source: str | Path, most: int = 1000):
-        source = Path(source)
-        paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGES)
-        if not paths:
-            raise DataError("The folder has no images", received=source, allowed=", ".join(IMAGES))
         self._files: list[tuple[Path, bytes]] = []
-        held = 0
-        for path in paths[:most]:
+        count = held = 0
+        for path, read in _images(Path(source)):
+            count += 1
+            if held > MOST_IMAGE_BYTES or len(self._files) >= most:
+                continue
             try:
-                content = path.read_bytes()
-            except OSError as error:
+                content = read()
+            except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
                 raise _unreadable(path, error) from error
             held += len(content)
             if self._files and held > MOST_IMAGE_BYTES:
-                break
+                continue
             _decoded(path, content)
             self._files.append((path, content))
-        self.about = f"{len(self._files)} images" + (f" of {len(paths)}" if len(self._files) < len(paths) else "")
+        if not self._files:
+            raise DataError("The folder has no images", received=source, allowed=", ".join(IMAGES))
+        self.about = f"{len(self._files)} images" + (f" of {count}" if len(self._files) < count else "")
         self._next = 0
 
     def skip(self, frames: int) -> int:
@@ -101,6 +105,12 @@ class Images:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def pack(self, path: Path) -> None:
+        """Write what is held into a .zip, which gives the same frames in the same order."""
+        with zipfile.ZipFile(path, "w") as archive:
+            for number, (file, content) in enumerate(self._files):
+                archive.writestr(f"{number:06}{file.suffix}", content)
 
     def _take(self) -> tuple[Path, bytes]:
         self._next += 1
@@ -248,6 +258,22 @@ class Camera:
         with self._changed:
             self._failure = failure
             self._changed.notify()
+
+
+def _images(source: Path) -> Iterator[tuple[Path, Callable[[], bytes]]]:
+    """The images of a folder, a .zip or a file, in the order of their paths: each with what reads it."""
+    if source.suffix.lower() == PACKED and source.is_file():
+        try:
+            archive = zipfile.ZipFile(source)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError("The .zip of images cannot be read", received=f"{source} ({error})") from error
+        with archive:
+            for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGES):
+                yield source / name, lambda name=name: archive.read(name)
+        return
+    paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGES)
+    for path in paths:
+        yield path, path.read_bytes
 
 
 def _decoded(path: Path, content: bytes) -> Image:

@@ -102,12 +102,13 @@ class Model:
 
 def open_model(
     path: str | Path, threads: int = 1, runtime: str = "auto", *, batch: int = 1,
-    size: tuple[int, int] | None = None, delegate: object = None,
+    size: tuple[int, int] | None = None, resize: bool = False, delegate: object = None,
 ) -> Model:  # fmt: skip
     """Load a .tflite and allocate its tensors.
 
     batch: images per inference; the first dimension of every input is resized to it. size: (height,
-    width) for a file that leaves them open. delegate: what mobile_bench.delegates.load gave; it takes what it
+    width) for a file that leaves them open; with `resize` also where it fixes another one, as far as its operations
+    and its answer's form allow that. delegate: what mobile_bench.delegates.load gave; it takes what it
     can before the CPU does, or DelegateError is raised. Raises InputError (no such file, no runtime) or
     ModelRefused (not a .tflite, truncated, an operation the runtime lacks, a shape it cannot take). A
     file that lies about its own structure can crash the process: run strangers' files in a child, as
@@ -115,19 +116,34 @@ def open_model(
     """
     found = load_runtime(runtime)
     check_is_tflite(path)
-    placement: tuple = ()
+    placement, forced = (), False
     # What a delegate says is passed on at once: it may be its last words.
     with _quiet() if delegate is None else nullcontext():
         try:
             interpreter = found.interpreter(model_path=str(path), num_threads=threads)
-            _resize(interpreter, batch, size)
+            before = _answers(interpreter)
+            forced = _resize(interpreter, batch, size, resize)
             if delegate is not None:
                 from mobile_bench.delegates import apply
 
                 placement = apply(delegate, interpreter)
             interpreter.allocate_tensors()
+            if forced:
+                interpreter.invoke()  # some operations find only now that sizes do not fit
         except (ValueError, RuntimeError, MemoryError) as error:
+            if forced:
+                raise ModelRefused(
+                    "The file fixes its input size, and cannot be run with another one",
+                    received=f"{size[0]}x{size[1]} ({' '.join(str(error).split())[:200]})",
+                    next_step="Export it with an open height and width, or once for each size",
+                ) from error  # fmt: skip
             raise refusal_of(error, Path(path)) from error
+    if forced and _answers(interpreter) != before:
+        raise ModelRefused(
+            "The file's answer has another form with another input size",
+            received=f"{_answers(interpreter)} at {size[0]}x{size[1]}", allowed=before,
+            next_step="Export it once for each size",
+        )  # fmt: skip
     return Model(found, interpreter, *placement)
 
 
@@ -201,12 +217,23 @@ def _tensor(details: dict) -> Tensor:
     return Tensor(str(details["name"]), shape, np.dtype(details["dtype"]).name, scale, zero)
 
 
-def _resize(interpreter, batch: int, size: tuple[int, int] | None) -> None:
+def _answers(interpreter) -> list[tuple[int, ...]]:
+    """The shapes of the rows of scores that the file gives, without the batch: no picture's size changes them."""
+    shapes = [[int(n) for n in details["shape"]] for details in interpreter.get_output_details()]
+    return [tuple(shape[1:]) for shape in shapes if len(shape) == 2]
+
+
+def _resize(interpreter, batch: int, size: tuple[int, int] | None, resize: bool) -> bool:
+    """Give the inputs the shapes that they are to have; whether a size that the file fixes was changed."""
+    forced = False
     for details in interpreter.get_input_details():
         now = [int(n) for n in details["shape"]]
         wanted = wanted_shape(details["name"], now, [int(n) for n in details["shape_signature"]], batch, size)
+        if resize and size and len(now) == 4 and tuple(wanted[1:3]) != tuple(size):
+            wanted[1:3], forced = size, True
         if wanted != now:
             interpreter.resize_tensor_input(details["index"], wanted)
+    return forced
 
 
 def wanted_shape(

@@ -41,8 +41,9 @@ _LOCAL = Target()
 def measure(
     tflite: str | Path, target: Target = _LOCAL, *, connection: Connection | None = None, batch: int = 1,
     runs: int = 50, max_runs: int = 1000, rounds: int = ROUNDS, width: float = WIDTH,
-    seconds: float = SECONDS, spec: InputSpec | None = None, seed: int = 0, delegate: Delegate | None = None,
-    on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600, kind: str = "latency",
+    seconds: float = SECONDS, spec: InputSpec | None = None, resize: bool = False, seed: int = 0,
+    delegate: Delegate | None = None, on_progress: OnProgress | None = None, timeout_s: float = 900,
+    wait_s: float = 3600, kind: str = "latency",
 ) -> Measurement:  # fmt: skip
     """Time the inference of one file on one target, in several rounds.
 
@@ -56,6 +57,8 @@ def measure(
     There are `rounds` rounds, and then more until the 95% interval of the median is narrower than `width` times
     the median, or until `seconds` have passed; 0 makes it exactly `rounds`. By adb there is one round, in which
     each sample is a process of its own. kind: 'latency', or 'sweep' for a point of one.
+
+    resize: run it with the size that `spec` says even where the file fixes another one (on the CPU).
 
     delegate: how an accelerator other than the CPU is reached, and what its answers are compared with before
     anything is timed.
@@ -89,7 +92,7 @@ def measure(
     facts["run_id"] = uuid.uuid4().hex[:8]
     job = {
         "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": math.ceil(runs / rounds),
-        "max_runs": max(1, max_runs // rounds), "timed_s": 1 / rounds, "seed": seed,
+        "max_runs": max(1, max_runs // rounds), "timed_s": 1 / rounds, "seed": seed, "resize": resize,
         "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
     reference = accelerator_job(job, target, delegate)

@@ -8,6 +8,10 @@ mobile_bench.stream_worker.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,15 +25,17 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import check_is_tflite
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
-from mobile_bench.records import Target
+from mobile_bench.records import Connection, Target
 from mobile_bench.stats import percentiles
-from mobile_bench.transports.local import Local
+from mobile_bench.transports import transport_for
 
 #: What is done with a frame, in this order. normalize holds quantizing and copying it into the model; postprocess
 #: reading the outputs, dequantizing, softmax and the class.
 STAGES = ("decode", "resize", "normalize", "inference", "postprocess")
 DATA_STAGES = 3
 MOST_FRAMES = 200_000
+#: Before a source that lies on the board itself.
+BOARD = "board:"
 #: What an interrupted stream may take to finish the frames under way.
 _FINISH_S = 10.0
 _LOCAL = Target()
@@ -130,15 +136,18 @@ class StreamSummary:
 
 def stream(
     tflite: str | Path, source: str, spec: InputSpec, *, fps: float = 30.0, seconds: float = 10.0,
-    target: Target = _LOCAL, queue: int = 1, drop: bool = True, deadline_ms: float | None = None,
-    pipelined: bool = False, on_progress: OnProgress | None = None, wait_s: float = 3600,
+    target: Target = _LOCAL, connection: Connection | None = None, queue: int = 1, drop: bool = True,
+    deadline_ms: float | None = None, pipelined: bool = False, on_progress: OnProgress | None = None,
+    wait_s: float = 3600,
 ) -> Stream:  # fmt: skip
-    """Run a file on the frames of `source` for `seconds`, in a fresh process on this machine.
+    """Run a file on the frames of `source` for `seconds`, in a fresh process on the target.
 
-    source: a folder of images, an image, a video file, or camera:0. queue: frames that may wait; drop=False lets all
-    of them wait. deadline_ms: 1000 / fps where it is None. pipelined: a second thread decodes, resizes and
-    normalizes. A KeyboardInterrupt gives the frames until then, if there are any. Raises InputError, DataError (an
-    image, video or camera that cannot be read), ModelRefused, or JobFailed where the runtime crashes.
+    source: a folder or .zip of images, an image or a video file here, or camera:0. On a board, images and videos of
+    here are sent there; 'board:SOURCE' is one that is there, and so are cameras. queue: frames that may wait;
+    drop=False lets all of them wait. deadline_ms: 1000 / fps where it is None. pipelined: a second thread decodes,
+    resizes and normalizes. A KeyboardInterrupt gives the frames until then, if there are any. Raises InputError,
+    DataError (an image, video or camera that cannot be read), ModelRefused, TransportError, or JobFailed where the
+    runtime crashes.
     """
     deadline_ms = 1000 / fps if deadline_ms is None and fps else deadline_ms
     for name, value, most in (("fps", fps, 10_000), ("seconds", seconds, 86_400), ("deadline_ms", deadline_ms, 1e9)):
@@ -148,27 +157,69 @@ def stream(
         raise InputError("queue is out of range", received=queue, allowed="1 to 10000")
     if fps * seconds > MOST_FRAMES:
         raise InputError("That is too many frames", received=f"{fps * seconds:,.0f}", allowed=f"up to {MOST_FRAMES:,}")
-    if target.transport != "local" or target.accelerator != "cpu":
-        raise InputError("Streams run on this machine's CPU", received=target.name)
+    if target.accelerator != "cpu":
+        raise InputError("Streams run on the CPU", received=target.accelerator, next_step="Leave --accelerator out")
+    if target.transport == "adb":
+        raise InputError(
+            "A stream needs Python on the device, and a phone has none", received=target.name,
+            allowed="local, or a board by ssh",
+            next_step=f"Time the model alone: mobile-bench run --target {target.name}",
+        )  # fmt: skip
     check_is_tflite(tflite)
-    frames.kind_of(source)
+    there = source.startswith(BOARD) or (target.transport != "local" and source.startswith(("camera:", "/dev/video")))
+    if source.startswith(BOARD) and target.transport == "local":
+        raise InputError("There is no board", received=source, next_step="Name it: --target ssh://user@host")
+    kind = "" if there else frames.kind_of(source)
     asked = {
         "source": source, "fps": fps, "seconds": seconds, "deadline_ms": deadline_ms,
         "queue": queue if drop else None, "pipelined": pipelined,
     }  # fmt: skip
-    job = {**asked, "threads": target.threads, "runtime": target.runtime, "spec": spec.to_dict()}
-
-    with one_at_a_time(Local.place, wait_s=wait_s, on_progress=on_progress), Local() as local:
+    job = {**asked, "source": source.removeprefix(BOARD), "threads": target.threads, "runtime": target.runtime}
+    job |= {"spec": spec.to_dict(), "requires": _requires(job["source"], kind)}
+    transport = transport_for(target, connection)
+    with (
+        one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress),
+        _sent(source, kind if target.transport != "local" else "", fps, seconds, on_progress) as sent,
+        transport,
+    ):
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            found = local.run(
-                "mobile_bench.stream_worker", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
+            found = transport.run(
+                "mobile_bench.stream_worker", job, files={"tflite": Path(tflite), **sent}, on_progress=on_progress,
                 timeout_s=2 * seconds + 900, finish_s=_FINISH_S,
             )  # fmt: skip
         except Interrupted as interrupt:
             found = {**interrupt.kept, "interrupted": True}
     facts = {"sha256": sha256_of(tflite), "target": target, "labels": spec.labels, "started_at": started_at}
     return Stream(**facts, **{**asked, **found})
+
+
+def _requires(source: str, kind: str) -> dict[str, str]:
+    """What decodes the frames: Pillow, and PyAV for all but images."""
+    plain = kind == "images" or not (kind or source.startswith(("camera:", "/dev/video")) or _is_video(source))
+    return {"PIL": "Pillow>=10"} | ({} if plain else {"av": "av>=18,<19"})
+
+
+def _is_video(source: str) -> bool:
+    return Path(source).suffix.lower() in frames.VIDEOS
+
+
+@contextlib.contextmanager
+def _sent(source: str, kind: str, fps: float, seconds: float, on_progress: OnProgress | None) -> Iterator[dict]:
+    """The files that carry the frames of here to another machine, by their keys of the job; {} where none must."""
+    if not kind:
+        yield {}
+    elif kind == "video":
+        yield {"source": Path(source)}
+    else:
+        with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
+            packed = Path(folder) / f"frames{frames.PACKED}"
+            images = frames.Images(source, max(1, math.ceil(fps * seconds)))
+            images.pack(packed)
+            if on_progress:
+                size = packed.stat().st_size / 1e6
+                on_progress({"kind": "log", "text": f"sending {images.about}, {size:.1f} MB"})
+            yield {"source": packed}
 
 
 def summarize_stream(found: Stream) -> StreamSummary:

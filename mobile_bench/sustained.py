@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from mobile_bench import energy as energies
-from mobile_bench.energy import Energy, Reading, Source
-from mobile_bench.errors import InputError, JobFailed, Problem
+from mobile_bench.energy import Energy, MeterLog, Reading, Told
+from mobile_bench.errors import InputError, JobFailed, Problem, TransportError
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import check_is_tflite
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
-from mobile_bench.records import Target
-from mobile_bench.transports.local import Local
+from mobile_bench.records import Connection, Target
+from mobile_bench.transports import transport_for
 
 #: Throttled: medians that stay above the first ones by more than this, in nine windows of ten from then on.
 EFFECT, STAYS = 0.03, 0.9
@@ -41,15 +41,15 @@ class Window:
     """About a second of the run. start_s: since it began. Times in ms of `count` inferences, without their inputs.
 
     missed: turns of a paced run that passed while an inference was still under way. temperature_c and frequency_mhz
-    are None where the system does not say.
+    are None where the system does not say, p99_ms and max_ms where a phone's tool does not.
     """
 
     start_s: float
     seconds: float
     count: int
     median_ms: float
-    p99_ms: float
-    max_ms: float
+    p99_ms: float | None
+    max_ms: float | None
     missed: int = 0
     temperature_c: float | None = None
     frequency_mhz: float | None = None
@@ -116,16 +116,17 @@ class SustainedSummary:
 
 
 def sustain(
-    tflite: str | Path, *, seconds: float = 300.0, target: Target = _LOCAL, fps: float | None = None,
-    energy: str = "auto", idle_s: float = 3.0, spec: InputSpec | None = None, seed: int = 0,
+    tflite: str | Path, *, seconds: float = 300.0, target: Target = _LOCAL, connection: Connection | None = None,
+    fps: float | None = None, energy: str = "auto", idle_s: float = 3.0, spec: InputSpec | None = None, seed: int = 0,
     on_progress: OnProgress | None = None, wait_s: float = 3600, root: str | Path = "/",
 ) -> Sustained:  # fmt: skip
-    """Run a file on this machine for `seconds`, back to back or `fps` times a second.
+    """Run a file on a target for `seconds`, back to back or `fps` times a second.
 
-    energy: see mobile_bench.energy.find_source; where there is a source, the idle machine is measured for idle_s
-    before. on_progress also gets each window, as {'kind': 'progress', 'window': {...}}. root: where /sys and /proc
-    are. A KeyboardInterrupt gives what was measured so far, if that is a window at least. Raises InputError,
-    ModelRefused or JobFailed where there is nothing to give.
+    energy: see mobile_bench.energy.find_source, of the target, but for a meter's log, which lies here; where there is
+    a source, the idle machine is measured for idle_s before. on_progress also gets each window, as {'kind':
+    'progress', 'window': {...}}. root: where /sys and /proc are there. A KeyboardInterrupt, a crash or a lost
+    connection gives what was measured so far, if that is a window at least. Raises InputError, ModelRefused,
+    JobFailed or TransportError where there is nothing to give.
     """
     if not 1 <= seconds <= 86_400:
         raise InputError("seconds is out of range", received=seconds, allowed="1 to 86400")
@@ -133,32 +134,42 @@ def sustain(
         raise InputError("fps is out of range", received=fps, allowed="above 0, up to 10000")
     if not 0 <= idle_s <= 3600:
         raise InputError("idle_s is out of range", received=idle_s, allowed="0 to 3600")
-    if target.transport != "local" or target.accelerator != "cpu":
-        raise InputError("Sustained runs are made on this machine's CPU", received=target.name)
+    if target.accelerator != "cpu":
+        raise InputError(
+            "Sustained runs are made on the CPU", received=target.accelerator,
+            next_step="Leave --accelerator out, or set accelerator = \"cpu\" for this target in the inventory",
+        )  # fmt: skip
+    if target.transport == "adb" and fps is not None:
+        raise InputError(
+            "A phone's tool runs back to back only", received=f"{fps:g} inferences a second",
+            next_step="Leave --fps out",
+        )  # fmt: skip
     check_is_tflite(tflite)
-    source = energies.find_source(energy, root)
+    logged = energy.lower().endswith(".csv")
+    # A source that is named and cannot be used here is refused before anything runs.
+    here = energies.find_source(energy, root) if logged or target.transport == "local" else None
     job = {
-        "seconds": seconds, "fps": fps, "energy": energy if source else "none", "idle_s": idle_s, "root": str(root),
+        "seconds": seconds, "fps": fps, "energy": "clock" if logged else energy, "idle_s": idle_s, "root": str(root),
         "threads": target.threads, "runtime": target.runtime, "seed": seed, "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
+    transport = transport_for(target, connection)
     heard = _Heard(on_progress)
     status, reason, ending = "ok", "", {}
     sha256 = sha256_of(tflite)
-    with one_at_a_time(Local.place, wait_s=wait_s, on_progress=on_progress), Local() as local:
+    with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress):
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            ending = local.run(
-                "mobile_bench.sustained_worker", job, files={"tflite": Path(tflite)}, on_progress=heard,
-                timeout_s=2 * seconds + idle_s + 900,
-            )  # fmt: skip
-        except (KeyboardInterrupt, JobFailed) as error:
+            with transport:
+                ending = transport.run(
+                    "mobile_bench.sustained_worker", job, files={"tflite": Path(tflite)}, on_progress=heard,
+                    timeout_s=2 * seconds + idle_s + 900,
+                )  # fmt: skip
+        except (KeyboardInterrupt, JobFailed, TransportError) as error:
             if not heard.windows:
                 raise
             interrupted = isinstance(error, KeyboardInterrupt)
             status, reason = ("interrupted", "by Ctrl-C") if interrupted else ("failed", str(error))
-    used, warnings = _energy_of(source, heard)
-    if source is None and energy == "auto":
-        warnings += [f"energy: {text}" for text in energies.closed_sources(root)]
+    used, warnings = _energy_of(here if logged else heard.source, heard)
     return Sustained(
         sha256=sha256, target=target, seconds=seconds, fps=fps, status=status, reason=reason, windows=heard.windows,
         energy=used, device={**heard.facts, **ending.get("device", {})}, started_at=started_at,
@@ -231,12 +242,15 @@ class _Heard:
         self.idle: list[Reading] = []
         self.readings: list[Reading] = []
         self.facts: dict = {}
+        self.source: Told | None = None
         self.trouble = ""
         self._on_progress = on_progress
 
     def __call__(self, message: dict) -> None:
         if "facts" in message:
             self.facts = message["facts"]
+        if message.get("source"):
+            self.source = energies.told(message["source"])
         if "trouble" in message:
             self.trouble = message["trouble"]
         if message.get("idle"):
@@ -249,7 +263,7 @@ class _Heard:
             self._on_progress(message)
 
 
-def _energy_of(source: Source | None, heard: _Heard) -> tuple[Energy | None, list[str]]:
+def _energy_of(source: Told | MeterLog | None, heard: _Heard) -> tuple[Energy | None, list[str]]:
     """The energy of the windows, and what is to be said where there is none."""
     if source is None:
         return None, []

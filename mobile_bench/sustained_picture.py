@@ -1,4 +1,4 @@
-"""Latency over time as an SVG that needs no library: the median and p99 of every second, and where it throttled."""
+"""Latency over time as an SVG that needs no library: the median and p99 of every window, and where it throttled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def picture(title: str, found: Sustained, summary: SustainedSummary) -> str:
     middles = [window.start_s + window.seconds / 2 for window in windows]
     end_s = max(windows[-1].start_s + windows[-1].seconds, 1e-9)
     # A single hiccup in the 99th percentile must not flatten the medians.
+    tails = [(middle, window.p99_ms) for middle, window in zip(middles, windows) if window.p99_ms is not None]
     top_ms = _round_up(
-        max(1.5 * summary.worst_ms, *sorted(w.p99_ms for w in windows)[: max(1, len(windows) * 9 // 10)])
+        max([1.5 * summary.worst_ms, *sorted(p99 for _, p99 in tails)[: max(1, len(windows) * 9 // 10)]])
     )
     x = lambda seconds: _LEFT + seconds / end_s * (_RIGHT - _LEFT)
     y = lambda value: _BOTTOM - min(value / top_ms, 1.0) * (_BOTTOM - _TOP)
@@ -29,8 +30,8 @@ def picture(title: str, found: Sustained, summary: SustainedSummary) -> str:
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         _text(_LEFT, 28, title, 'font-size="17" font-weight="600"'),
-        *_axes(x, y, end_s, top_ms),
-        _line([(x(s), y(w.p99_ms)) for s, w in zip(middles, windows)], _P99, 1.2),
+        *_axes(x, y, end_s, top_ms, bool(tails)),
+        *([_line([(x(s), y(p99)) for s, p99 in tails], _P99, 1.2)] if tails else []),
         _line([(x(s), y(w.median_ms)) for s, w in zip(middles, windows)], _MEDIAN, 2),
         *_temperature(found, x, middles),
     ]
@@ -45,7 +46,7 @@ def picture(title: str, found: Sustained, summary: SustainedSummary) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _axes(x: Callable, y: Callable, end_s: float, top_ms: float) -> Iterator[str]:
+def _axes(x: Callable, y: Callable, end_s: float, top_ms: float, tails: bool) -> Iterator[str]:
     for step in range(5):
         value, moment = top_ms * step / 4, end_s * step / 4
         yield f'<path d="M{_LEFT} {y(value):.1f}H{_RIGHT}" stroke="#e4e7eb"/>'
@@ -54,8 +55,9 @@ def _axes(x: Callable, y: Callable, end_s: float, top_ms: float) -> Iterator[str
     yield _text((_LEFT + _RIGHT) / 2, _BOTTOM + 42, "seconds", 'text-anchor="middle"')
     middle = (_TOP + _BOTTOM) / 2
     yield _text(22, middle, "latency, ms", f'text-anchor="middle" transform="rotate(-90 22 {middle:g})"')
-    yield _text(_LEFT, 48, "median of each second", f'fill="{_MEDIAN}"')
-    yield _text(_LEFT + 170, 48, "its 99th percentile", 'fill="#627d98"')
+    yield _text(_LEFT, 48, "median of each window", f'fill="{_MEDIAN}"')
+    if tails:
+        yield _text(_LEFT + 170, 48, "its 99th percentile", 'fill="#627d98"')
 
 
 def _temperature(found: Sustained, x: Callable, middles: list[float]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import numpy as np
 
 from mobile_bench import device, trust
-from mobile_bench.energy import Source, find_source
+from mobile_bench.energy import Clock, Source, closed_sources, find_source
 from mobile_bench.errors import Problem
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, open_model
@@ -26,7 +26,8 @@ _WINDOW_NS = 1_000_000_000
 def _child(job: dict, emit: Callable[..., None]) -> dict:
     spec = InputSpec.from_dict(job["spec"]) if job["spec"] else None
     facts, load_average = device.describe(job["root"]), device.load_average()
-    source = find_source(job["energy"], job["root"])
+    source = Clock() if job["energy"] == "clock" else find_source(job["energy"], job["root"])
+    emit(source=source.facts if source else None)
     emit(text="loading")
     size = (spec.height, spec.width) if spec else None
     model = open_model(job["tflite"], job["threads"], job["runtime"], size=size)
@@ -50,6 +51,8 @@ def _child(job: dict, emit: Callable[..., None]) -> dict:
     warnings = trust.warnings_of(
         facts, load_average, job["threads"], during, steady, len(warmup_ms), STEADY_CHANGE
     )  # fmt: skip
+    if source is None and job["energy"] == "auto":
+        warnings += [f"energy: {text}" for text in closed_sources(job["root"])]
     return {"device": {"during": during}, "warnings": warnings}
 
 

@@ -9,15 +9,22 @@ import typer
 from rich.console import Console
 
 from mobile_bench.commands.shared import (
+    Accelerator,
+    DelegateOption,
+    Fallback,
     File,
     Inventory,
     Json,
+    Library,
     OneTarget,
+    Reference,
     Runtime,
     Spec,
     bar,
+    delegate_of,
     places_for,
     print_json,
+    say,
     table,
     warn_of_fit,
 )
@@ -38,6 +45,11 @@ def evaluate(
     runtime: Runtime = None,
     target: OneTarget = "local",
     inventory: Inventory = None,
+    accelerator: Accelerator = None,
+    library: Library = "",
+    delegate_option: DelegateOption = None,
+    allow_fallback: Fallback = False,
+    reference: Reference = None,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a file on a sample of labelled images.
@@ -50,12 +62,16 @@ def evaluate(
 
         mobile-bench evaluate model.tflite --sample sample.npz --target ssh://pi@raspberry.local
 
+    On another processor than the CPU, and image by image against the CPU of this machine:
+
+        mobile-bench evaluate model.tflite --sample sample.npz --accelerator gpu
+
     A file from elsewhere does not say how it wants its pixels:
 
         mobile-bench evaluate other.tflite --sample sample.npz --input-spec scaling=signed,head=logits
 
-    Exit code 0: evaluated; 1: the device cannot be reached; 2: the file, the sample or an option cannot be used, or
-    the file crashed the runtime; 130: interrupted.
+    Exit code 0: evaluated; 1: the device cannot be reached, or the file crashed the runtime; 2: the file, the sample
+    or an option cannot be used; 130: interrupted.
     """
     from mobile_bench.evaluate import evaluate_apart, read_sample
     from mobile_bench.files import sha256_of
@@ -64,19 +80,22 @@ def evaluate(
     from mobile_bench.records import SCHEMA_VERSION
     from mobile_bench.stats import wilson_interval
 
-    (place,) = places_for([target], inventory, None, runtime)
+    (place,) = places_for([target], inventory, None, runtime, accelerator)
+    delegate = delegate_of(library, delegate_option, allow_fallback, reference)
     check_is_tflite(file)
     images, _ = read_sample(sample)
     spec = find_spec(file, input_spec, shape=images.shape[1:])
     warn_of_fit(file, spec, images.shape[1:])
     with bar(f"evaluating {file.name}") as progress:
         found = evaluate_apart(
-            file, sample, spec, place.target, connection=place.connection, workers=workers, progress=progress
-        )
+            file, sample, spec, place.target, connection=place.connection, delegate=delegate, workers=workers,
+            progress=progress,
+        )  # fmt: skip
     same = None
-    if place.connection:
-        with bar("evaluating here") as progress:
-            here = evaluate_apart(file, sample, spec, progress=progress)
+    # What is compiled for the Edge TPU runs nowhere else: only the file that it was made of can be compared.
+    if reference or (place.target.accelerator != "edgetpu" and (place.connection or place.target.accelerator != "cpu")):
+        with bar("evaluating here, on the CPU") as progress:
+            here = evaluate_apart(reference or file, sample, spec, progress=progress)
         same = int((here.predictions == found.predictions).sum())
     low, high = wilson_interval(found.correct, found.images)
     if as_json:
@@ -89,6 +108,8 @@ def evaluate(
             }
         )  # fmt: skip
         return
+    if place.target.accelerator != "cpu":
+        say(f"run on the {place.target.accelerator}", style="dim")
     rows = {
         "Top-1": f"{found.top1:.2%} (95% interval {low:.2%} to {high:.2%})",
         "Images": f"{found.correct:,} of {found.images:,} right",
@@ -96,5 +117,7 @@ def evaluate(
         "Runtime": found.runtime,
     }
     if same is not None:
-        rows["Against this machine"] = f"the same class for {same:,} of {found.images:,} images ({here.runtime} here)"
+        rows["Against this machine's CPU"] = (
+            f"the same class for {same:,} of {found.images:,} images ({here.runtime} here)"
+        )
     Console().print(table(str(file), rows))

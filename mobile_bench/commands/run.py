@@ -19,6 +19,7 @@ from mobile_bench.commands.shared import (
     Inventory,
     Json,
     Library,
+    Reference,
     Runtime,
     Spec,
     Threads,
@@ -59,12 +60,7 @@ def run(
     library: Library = "",
     delegate_option: DelegateOption = None,
     allow_fallback: Fallback = False,
-    reference: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="A .tflite whose answers on the CPU count as right [default: the file itself]", show_default=False
-        ),
-    ] = None,
+    reference: Reference = None,
     batch: Annotated[int, typer.Option(help="Images per inference")] = 1,
     deadline_fps: Annotated[float, typer.Option(help="Frames per second to keep up with")] = 30.0,
     input_spec: Spec = "",

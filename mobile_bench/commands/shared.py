@@ -63,6 +63,14 @@ DelegateOption = Annotated[
 Fallback = Annotated[bool, typer.Option("--allow-fallback", help="The CPU may run what the accelerator does not take")]
 
 
+Reference = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="A .tflite whose answers on the CPU count as right [default: the file itself]", show_default=False
+    ),
+]
+
+
 def delegate_of(
     library: str, options: list[str] | None, allow_fallback: bool, reference: Path | None = None
 ) -> Delegate:

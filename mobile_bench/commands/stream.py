@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -13,7 +13,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.cli_support import INTERRUPTED
-from mobile_bench.commands.shared import File, Json, Runtime, Spec, Threads, ms, print_json, say, say_stage, table
+from mobile_bench.commands.shared import (
+    File,
+    Inventory,
+    Json,
+    OneTarget,
+    Runtime,
+    Spec,
+    Threads,
+    ms,
+    places_for,
+    print_json,
+    say,
+    say_stage,
+    table,
+)
 
 if TYPE_CHECKING:
     from mobile_bench.stream import Stream, StreamSummary
@@ -24,7 +38,11 @@ _RAW = ("number", "arrived_ms", "started_ms", "done_ms", "stages_ms", "skipped_m
 def stream(
     file: File,
     source: Annotated[
-        str, typer.Option(help="A folder of JPEG or PNG images, a video file, or camera:0", show_default=False)
+        str,
+        typer.Option(
+            help="A folder or .zip of JPEG or PNG images, a video file, or camera:0; with --target also board:SOURCE",
+            show_default=False,
+        ),
     ],
     fps: Annotated[float, typer.Option(help="Frames that arrive in a second")] = 30.0,
     seconds: Annotated[float, typer.Option(help="How long they arrive")] = 10.0,
@@ -38,6 +56,8 @@ def stream(
     pipelined: Annotated[
         bool, typer.Option("--pipelined", help="Decode, resize and normalize in a second thread")
     ] = False,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     input_spec: Spec = "",
     runtime: Runtime = None,
     out: Annotated[
@@ -64,16 +84,20 @@ def stream(
 
         mobile-bench stream model.tflite --source camera:0 --seconds 60 --out frames.json
 
+    On a board: images and videos of here are sent there, board:SOURCE is there, and so is a camera:
+
+        mobile-bench stream model.tflite --source camera:0 --target ssh://pi@raspberry.local
+
     Ctrl-C (or SIGTERM) keeps, shows and writes what came until then.
 
-    Exit code 0: measured, in time or not; 2: the file, the source or an option cannot be used, or the runtime
-    crashed; 130: interrupted.
+    Exit code 0: measured, in time or not; 1: the runtime crashed or the device cannot be reached; 2: the file, the
+    source or an option cannot be used; 130: interrupted.
     """
     from mobile_bench.files import check_writable, write_json
     from mobile_bench.flatbuffer import read_model
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.metadata import find_spec
-    from mobile_bench.records import SCHEMA_VERSION, Target
+    from mobile_bench.records import SCHEMA_VERSION
     from mobile_bench.stream import stream as run_stream
     from mobile_bench.stream import summarize_stream
 
@@ -82,10 +106,10 @@ def stream(
     graph = read_model(file).main
     shape = graph.tensors[graph.inputs[0]].shape[1:] if graph.inputs else ()
     spec = find_spec(file, input_spec, shape=shape if len(shape) == 3 else None)
-    target = replace(Target(), threads=1 if threads is None else threads, runtime=runtime or "auto")
+    (place,) = places_for([target], inventory, threads, runtime)
     found = run_stream(
-        file, source, spec, fps=fps, seconds=seconds, target=target, queue=queue, drop=drop, deadline_ms=deadline_ms,
-        pipelined=pipelined, on_progress=say_stage,
+        file, source, spec, fps=fps, seconds=seconds, target=place.target, connection=place.connection, queue=queue,
+        drop=drop, deadline_ms=deadline_ms, pipelined=pipelined, on_progress=say_stage,
     )  # fmt: skip
     summary = summarize_stream(found)
     whole = {"schema_version": SCHEMA_VERSION, "stream": asdict(found), "summary": asdict(summary)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -14,7 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from mobile_bench.cli_support import INTERRUPTED
-from mobile_bench.commands.shared import File, Json, Runtime, Spec, Threads, ms, print_json, say, say_stage, table
+from mobile_bench.commands.shared import (
+    File,
+    Inventory,
+    Json,
+    OneTarget,
+    Runtime,
+    Spec,
+    Threads,
+    ms,
+    places_for,
+    print_json,
+    say,
+    say_stage,
+    table,
+)
 from mobile_bench.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +51,8 @@ def sustained(
         str, typer.Option(help="auto, rapl, battery, none, or FILE.csv, the log of a meter that spans the run")
     ] = "auto",
     idle_seconds: Annotated[float, typer.Option(help="Measure the idle machine's power for so long before")] = 3.0,
+    target: OneTarget = "local",
+    inventory: Inventory = None,
     input_spec: Spec = "",
     runtime: Runtime = None,
     seed: Annotated[int, typer.Option(help="Seed of the random input")] = 0,
@@ -60,18 +76,22 @@ def sustained(
 
         mobile-bench sustained model.tflite --fps 30 --seconds 600 --energy meter.csv
 
+    On a board or a phone, which runs and is asked for its temperature and energy there:
+
+        mobile-bench sustained model.tflite --target ssh://pi@raspberry.local --seconds 600
+
     Ctrl-C (or SIGTERM) keeps, shows and writes what was measured until then. Energy is read from the processor's
     counters (RAPL), a battery that discharges or a meter's log, whose columns are time (Unix seconds or ISO 8601) and
     power in W, or volts and amps.
     Without one of these it says 'not measured': nothing is guessed.
 
-    Exit code 0: measured, throttled or not; 1: it crashed on the way (what was measured is shown); 2: the file or
-    an option cannot be used; 130: interrupted.
+    Exit code 0: measured, throttled or not; 1: it crashed or the device went away (what was measured is shown); 2:
+    the file or an option cannot be used; 130: interrupted.
     """
     from mobile_bench.files import check_writable, write_bytes, write_json
     from mobile_bench.inputs import InputSpec, override
     from mobile_bench.metadata import recorded_spec
-    from mobile_bench.records import SCHEMA_VERSION, Target
+    from mobile_bench.records import SCHEMA_VERSION
     from mobile_bench.sustained import summarize_sustained, sustain
 
     if picture and picture.suffix.lower() != ".svg":
@@ -83,10 +103,10 @@ def sustained(
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    target = replace(Target(), threads=1 if threads is None else threads, runtime=runtime or "auto")
+    (place,) = places_for([target], inventory, threads, runtime)
     found = sustain(
-        file, seconds=seconds, target=target, fps=fps, energy=energy, idle_s=idle_seconds, spec=spec, seed=seed,
-        on_progress=_teller(),
+        file, seconds=seconds, target=place.target, connection=place.connection, fps=fps, energy=energy,
+        idle_s=idle_seconds, spec=spec, seed=seed, on_progress=_teller(),
     )  # fmt: skip
     summary = summarize_sustained(found)
     whole = {"schema_version": SCHEMA_VERSION, "sustained": asdict(found), "summary": asdict(summary)}
@@ -137,9 +157,9 @@ def chart(windows: Sequence[Window], summary: SustainedSummary, columns: int = _
 
 def _rows(found: Sustained, summary: SustainedSummary) -> dict[str, str]:
     rows = {
-        "First 10 s": f"median {ms(summary.first_ms)}",
-        "Last 10 s": f"median {ms(summary.last_ms)} ({summary.change:+.1%})",
-        "Worst second": f"median {ms(summary.worst_ms)}, at {summary.worst_at_s:.0f} s",
+        "First 10 windows": f"median {ms(summary.first_ms)}",
+        "Last 10 windows": f"median {ms(summary.last_ms)} ({summary.change:+.1%})",
+        "Worst window": f"median {ms(summary.worst_ms)}, at {summary.worst_at_s:.0f} s",
         "Throttling": _verdict(summary),
         "Inferences": f"{summary.inferences:,} in {summary.measured_s:.1f} s, {summary.per_second:,.1f} a second",
     }
@@ -158,7 +178,7 @@ def _rows(found: Sustained, summary: SustainedSummary) -> dict[str, str]:
 
 def _verdict(summary: SustainedSummary) -> str:
     if not summary.judged:
-        return f"too short to say: {summary.windows} seconds, 12 are needed"
+        return f"too short to say: {summary.windows} windows, 12 are needed"
     if summary.onset is None:
         return "none: no lasting change to slower by more than 3%"
     onset = summary.onset

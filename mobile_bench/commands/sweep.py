@@ -26,7 +26,7 @@ def sweep(
     batch: Annotated[str, typer.Option(help="Images per inference to try, such as 1,4,16")] = "1,4,16",
     size: Annotated[
         str,
-        typer.Option(help="Input heights, equal to widths, to try, such as 96,128,160; for files that leave it open"),
+        typer.Option(help="Input heights, equal to widths, to try, such as 96,128,160, where the file allows it"),
     ] = "",
     streams: Annotated[
         str, typer.Option(help="Processes that run the file at once to try, such as 1,2,4; threads are of each")
@@ -45,7 +45,7 @@ def sweep(
 
     What does a larger picture cost?
 
-        mobile-bench sweep open_size.tflite --size 96,128,160 --threads 1 --batch 1
+        mobile-bench sweep model.tflite --size 96,128,160 --threads 1 --batch 1
 
     How many cameras can it serve at once, and what becomes of the slowest answers?
 
@@ -56,11 +56,11 @@ def sweep(
     shown.
     """
     from mobile_bench import records, stats
+    from mobile_bench.concurrency import MOST_STREAMS, measure_streams
     from mobile_bench.inputs import InputSpec, override
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.measure import measure
     from mobile_bench.metadata import recorded_spec
-    from mobile_bench.streams import MOST_STREAMS, measure_streams
 
     sizes = _counts("size", size, 65_536) if size.strip() else [None]
     stream_counts = _counts("streams", streams, MOST_STREAMS) if streams.strip() else [None]
@@ -72,19 +72,20 @@ def sweep(
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    refusals = {side: _size_refusal(file, side) for side in sizes if side}
+    unsized = "" if sizes == [None] or _takes_pictures(file) else "The file takes no picture, so it has no input size"
     found, shared = [], []
     interrupted = False
     with bar("measuring") as progress:
         for number, (side, images, thread_count, count) in enumerate(points):
             progress(number, len(points))
             target = records.Target(threads=thread_count, runtime=runtime)
-            if refusals.get(side):
-                found.append(_refused(file, target, images, refusals[side]))
+            if unsized:
+                found.append(_refused(file, target, images, unsized))
                 shared.append(None)
                 continue
             sized = replace(spec or InputSpec(1, 1, 3), height=side, width=side) if side else spec
             options = {"batch": images, "runs": runs, "spec": sized, "seed": seed, "on_progress": _say_text}
+            options["resize"] = bool(side)
             try:
                 together = measure_streams(file, count, target, **options) if count else None
                 found.append(together.measurement if count else measure(file, target, kind="sweep", **options))
@@ -113,6 +114,8 @@ def sweep(
         )
     else:
         Console().print(_table(str(file), found, summaries, [point[0] for point in points], facts))
+    for reason in dict.fromkeys(measurement.reason for measurement in found if measurement.reason):
+        say(f"not measured: {reason}", style="red")
     for warning in dict.fromkeys(warning for measurement in found for warning in measurement.warnings):
         say(f"warning: {warning}", style="yellow")
     if interrupted:
@@ -155,21 +158,11 @@ def _stream_facts(points: list[tuple], shared: list) -> list[dict]:
     return facts
 
 
-def _size_refusal(file: Path, side: int) -> str:
-    """Why the file cannot be run on pictures of side x side, '' where it can."""
+def _takes_pictures(file: Path) -> bool:
     from mobile_bench.flatbuffer import read_model
 
     graph = read_model(file).main
-    pictures = [graph.tensors[index] for index in graph.inputs if len(graph.tensors[index].shape) == 4]
-    if not pictures:
-        return "The file takes no picture, so that it has no input size"
-    for tensor in pictures:
-        if -1 not in tensor.shape_signature[1:3] and tensor.shape[1:3] != (side, side):
-            return (
-                f"The file fixes its input at {tensor.shape[1]}x{tensor.shape[2]}. "
-                "Export it with an open height and width, or once for each size"
-            )
-    return ""
+    return any(len(graph.tensors[index].shape) == 4 for index in graph.inputs)
 
 
 def _refused(file: Path, target, batch: int, reason: str):
@@ -187,8 +180,8 @@ def _table(title: str, found, summaries, sizes: list[int | None], facts: list[di
     table = Table(title=title, title_justify="left")
     sized, together = any(sizes), any(facts)
     names = ["Batch", "Threads", *(["Streams"] if together else []), "Median", "p99" if together else "p90", "Images/s"]
-    # With streams there is no room for the memory, which --json has.
-    last = ["Efficiency"] if together else ["Speed-up", "Peak memory"]
+    # With streams or sizes there is no room for the memory, which --json has.
+    last = ["Efficiency"] if together else ["Speed-up", *([] if sized else ["Peak memory"])]
     for name in (*(["Size"] if sized else []), *names, *last):
         table.add_column(name, justify="right", no_wrap=True)
     rates = [extra["streams"]["fps"] if extra else s.fps if s else 0.0 for s, extra in zip(summaries, facts)]
@@ -198,7 +191,7 @@ def _table(title: str, found, summaries, sizes: list[int | None], facts: list[di
         head += [str(measurement.batch), str(measurement.target.threads)]
         head += [str(extra["streams"]["streams"])] if together else []
         if summary is None:
-            table.add_row(*head, f"[red]{measurement.status}[/]", measurement.reason.partition(". ")[0])
+            table.add_row(*head, f"[red]{measurement.status}[/]")
             continue
         peak = "" if measurement.peak_rss_bytes is None else f"{measurement.peak_rss_bytes / 2**20:.1f} MiB"
         gain = f"{rate / first:.2f}x"
@@ -207,7 +200,7 @@ def _table(title: str, found, summaries, sizes: list[int | None], facts: list[di
             gain = "" if efficiency is None else f"{efficiency:.0%}"
         slow_ms = summary.p99_ms if together else summary.p90_ms
         table.add_row(
-            *head, ms(summary.median_ms), ms(slow_ms), f"{rate:,.0f}", gain, *([] if together else [peak]),
+            *head, ms(summary.median_ms), ms(slow_ms), f"{rate:,.0f}", gain, *([] if together or sized else [peak]),
             style="bold green" if rate == best else "",
         )  # fmt: skip
     device = next((measurement.device for measurement in found if measurement.device), {})

@@ -5,9 +5,11 @@
 
 `run` starts a module of this package in a fresh process on the target and returns its result. files: keys of
 the job whose value is a file here; it is put on the target and the job gets its path there. outputs: keys of
-the job under which the module writes a file; it ends at the given path here. Raises ModelRefused when the
-runtime there will not take the file, JobFailed when the process crashed, was cut off or ran out of time,
-TransportError when the target cannot be reached or will not let us in. `place` names the machine: one
+the job under which the module writes a file; it ends at the given path here. job["requires"]: modules that it
+imports beside numpy and the runtime, name -> what pip knows it by. finish_s: for a module that ends early when it
+gets SIGINT: an interrupt here is passed on, and raised as Interrupted with what it gives within that time. Raises
+ModelRefused when the runtime there will not take the file, JobFailed when the process crashed, was cut off or ran
+out of time, TransportError when the target cannot be reached or will not let us in. `place` names the machine: one
 measurement at a time on each. Leaving the block removes everything that was put on the target.
 """
 
@@ -36,7 +38,7 @@ class Transport(Protocol):
 
     def run(
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] = _NOTHING,
-        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None, finish_s: float = 0.0,
     ) -> dict: ...  # fmt: skip
 
 

@@ -95,9 +95,10 @@ class Adb:
 
     def run(
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
-        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None, finish_s: float = 0.0,
     ) -> dict:  # fmt: skip
-        """What these modules do there: worker, interleave, profile and evaluate. Others need Python: InputError.
+        """What these modules do there: worker, interleave, profile, sustained_worker and evaluate. Others need Python:
+        InputError.
 
         job: also allow_fallback, True for a delegate that need not take the whole model, and
         external_delegate_path, a library on the device (files may hold it as 'delegate').
@@ -105,8 +106,9 @@ class Adb:
         deadline = time.monotonic() + (timeout_s or math.inf)
         if module not in (*JOBS, "mobile_bench.evaluate"):
             raise InputError(
-                "That needs Python on the device, and adb targets have none", received=module,
-                allowed="measuring, comparing, profiling and evaluating", next_step="Use a target by ssh, or local",
+                "That needs Python on the device, and adb targets have none",
+                received=module.removeprefix("mobile_bench.").removesuffix("_worker"),
+                allowed="run, compare, profile, sustained and evaluate", next_step="Use a target by ssh, or local",
             )  # fmt: skip
         for path in files.values():
             if not Path(path).is_file():
@@ -133,7 +135,11 @@ class Adb:
 
     def state(self) -> tuple[State, dict]:
         """What changes while it is measured, and the device's facts; what cannot be read is absent."""
-        return android.read(self._shell(android.COMMAND)[0])
+        return android.read(self.said())
+
+    def said(self) -> str:
+        """What the device prints of itself: mobile_bench.transports.android reads it."""
+        return self._shell(android.COMMAND)[0]
 
     def read(self, name: str) -> bytes:
         """A file that was written there."""

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobile_bench import benchmark_model, trust
+from mobile_bench.energy import Reading
+from mobile_bench.errors import InputError
 from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import OnProgress
+from mobile_bench.sustained import Window
 from mobile_bench.transports import android
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ RUNS_PER_SAMPLE, WARMUP_RUNS = 10, 2
 FEW_SAMPLES = 5
 #: Turns of a comparison's round, at least: their median is the round's ratio.
 MIN_TURNS = 3
+#: A sustained run has so many windows at least, of so many seconds at most.
+_WINDOWS, _WINDOW_S = 30, 10.0
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,74 @@ def profile_there(task: Task) -> dict:
     }
 
 
+def sustain_there(task: Task) -> dict:
+    """mobile_bench.sustained_worker: each window is one invocation of a few seconds, and loads the file anew."""
+    job, tell = task.job, task.tell
+    window_s = max(1.0, min(_WINDOW_S, job["seconds"] / _WINDOWS))
+    gauge = _Gauge(task, job["energy"])
+    tell({"kind": "progress", "source": gauge.source, "text": f"running for {job['seconds']:g} s"})
+    before, facts = task.session.state()
+    load_average = facts.pop("load_average", None)
+    if gauge.source and job["idle_s"]:
+        tell({"kind": "progress", "text": f"measuring the idle device for {job['idle_s']:g} s"})
+        tell({"kind": "progress", "idle": gauge.read()})
+        time.sleep(job["idle_s"])
+        tell({"kind": "progress", "idle": gauge.read()})
+    tell({"kind": "progress", "reading": gauge.read()})
+    start, count = time.monotonic(), 0
+    while (begun := time.monotonic()) - start < job["seconds"]:
+        sample = task.sample(0, 1, min_secs=window_s, max_secs=window_s)
+        count += 1
+        state, _ = android.read(said := task.session.said())
+        window = Window(
+            begun - start, max(1e-9, sample.avg_ms * sample.runs / 1000), sample.runs,
+            sample.avg_ms if sample.median_ms is None else sample.median_ms, None, sample.max_ms,
+            temperature_c=state.temperature_c, frequency_mhz=state.frequency_mhz,
+        )  # fmt: skip
+        tell({
+            "kind": "progress", "window": asdict(window), "reading": gauge.read(said),
+            "facts": task.facts(facts, sample, {}),
+        })  # fmt: skip
+    during = android.changes(before, task.session.state()[0])
+    warnings = trust.warnings_of(facts, load_average, job["threads"], during, True, WARMUP_RUNS)
+    if gauge.source:
+        warnings.append(f"the energy holds loading and warming up {count} times, once a window of {window_s:g} s")
+    return {"device": {"during": during}, "warnings": warnings + gauge.warnings}
+
+
+class _Gauge:
+    """The phone's battery as a source of energy, where it was asked for and tells something."""
+
+    def __init__(self, task: Task, choice: str):
+        self._task, self.source, self.warnings = task, None, []
+        self._clock = choice == "clock"
+        if choice == "rapl":
+            raise InputError(
+                "A phone has no RAPL counters", received="--energy rapl", allowed="auto, battery, none or FILE.csv"
+            )
+        if choice not in ("auto", "battery"):
+            return
+        facts, _, why_not = android.battery(task.session.said())
+        if why_not and choice == "battery":
+            raise InputError("The battery cannot tell what is used", received=why_not, allowed="auto, none, FILE.csv")
+        if why_not:
+            self.warnings.append(f"energy: {why_not}")
+        else:
+            self.source = facts
+
+    def read(self, said: str = "") -> dict | None:
+        if self.source is None and not self._clock:
+            return None
+        values = () if self._clock else android.battery(said or self._task.session.said())[1]
+        if not values and not self._clock:
+            self._task.tell({"kind": "progress", "trouble": "the battery stopped discharging on the way"})
+            return None
+        return asdict(Reading(time.monotonic(), time.time(), values))
+
+
 JOBS = {
     "mobile_bench.worker": measure_there,
     "mobile_bench.interleave": compare_there,
     "mobile_bench.profile": profile_there,
+    "mobile_bench.sustained_worker": sustain_there,
 }

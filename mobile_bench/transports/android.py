@@ -6,6 +6,7 @@ import time
 
 from mobile_bench.trust import State, between
 
+_DISCHARGING = "3"
 #: One command for all; what the device lacks prints an empty value.
 COMMAND = """\
 for p in ro.product.model ro.soc.model ro.build.version.release; do echo "$p=$(getprop $p 2>/dev/null)"; done
@@ -13,6 +14,7 @@ c=/sys/devices/system/cpu/cpu0/cpufreq
 echo "governor=$(cat $c/scaling_governor 2>/dev/null)"; echo "khz=$(cat $c/scaling_cur_freq 2>/dev/null)"
 for z in /sys/class/thermal/thermal_zone*; do echo "zone $(cat $z/type 2>/dev/null)=$(cat $z/temp 2>/dev/null)"; done
 dumpsys battery 2>/dev/null | sed -n 's/^ *\\([A-Za-z ]*\\): */battery \\1=/p'
+echo "current=$(cat /sys/class/power_supply/battery/current_now 2>/dev/null)"
 echo "load=$(cat /proc/loadavg 2>/dev/null)"; echo "cores=$(nproc 2>/dev/null)"
 echo "memory=$(sed -n 's/^MemTotal: *//p' /proc/meminfo 2>/dev/null)"
 echo "machine=$(uname -m 2>/dev/null)"; echo "kernel=$(uname -sr 2>/dev/null)"
@@ -24,7 +26,7 @@ def read(text: str) -> tuple[State, dict]:
 
     Also battery_temperature_c and load_average; what cannot be read is absent.
     """
-    said = dict(line.strip().split("=", 1) for line in text.splitlines() if "=" in line)
+    said = _pairs(text)
     release, khz = said.get("ro.build.version.release", ""), _number(said.get("khz", ""))
     battery_c, memory = _number(said.get("battery temperature", "")), _number(said.get("memory", "").partition(" ")[0])
     facts = {
@@ -44,6 +46,36 @@ def read(text: str) -> tuple[State, dict]:
     return state, {name: value for name, value in facts.items() if value not in ("", None)}
 
 
+def battery(text: str) -> tuple[dict, tuple[float, ...], str]:
+    """A battery's gauge from what COMMAND printed: (what adds it up, its values, '' or why it cannot be used).
+
+    The first two are those of mobile_bench.energy.Told and Reading: the joules left by the charge counter, or the
+    watts where only the current is known. `dumpsys battery` gives millivolts and microampere-hours; status 3 is
+    discharging (android.os.BatteryManager).
+    """
+    said = {name.lower(): value for name, value in _pairs(text).items()}
+    millivolts = _number(said.get("battery voltage", ""))
+    charge, current = _number(said.get("battery charge counter", "")), _number(said.get("current", ""))
+    if millivolts is None:
+        return {}, (), "dumpsys battery does not tell the voltage"
+    if said.get("battery status") != _DISCHARGING:
+        return (
+            {},
+            (),
+            (
+                "the battery is not discharging: what it gives is known only without a charger. Connect by Wi-Fi (adb "
+                "tcpip 5555, then adb connect ADDRESS) and unplug it"
+            ),
+        )
+    if charge:
+        left_j = charge * millivolts * 3600 / 1e9
+        return {"name": "Android's charge counter", "kind": "joules left", "ranges": ()}, (left_j,), ""
+    if current:
+        watts = abs(current) * millivolts / 1e9
+        return {"name": "Android's battery current", "kind": "watts", "ranges": ()}, (watts,), ""
+    return {}, (), "this phone tells neither its charge counter nor its battery's current"
+
+
 def changes(before: State, after: State) -> dict:
     """trust.between without what is not known here: the work of other processes."""
     found = between(before, after)
@@ -54,6 +86,10 @@ def free_bytes(df: str) -> int | None:
     """What `df -k FOLDER` calls available, or None."""
     fields = df.split("\n", 1)[-1].split()
     return int(fields[3]) * 1024 if len(fields) > 3 and fields[3].isdigit() else None
+
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(line.strip().split("=", 1) for line in text.splitlines() if "=" in line)
 
 
 def _temperature_c(said: dict[str, str]) -> float | None:

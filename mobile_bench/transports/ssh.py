@@ -18,23 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mobile_bench
-from mobile_bench.errors import JobFailed, TransportError
+from mobile_bench.errors import Interrupted, JobFailed, TransportError
 from mobile_bench.files import sha256_of, write_bytes
-from mobile_bench.interpreter import RUNTIMES
 from mobile_bench.jobs import FOLLOW_PARENT, OnProgress, follow, outcome
 from mobile_bench.records import Connection
+from mobile_bench.transports.ssh_install import Installer, flat
 from mobile_bench.transports.ssh_login import ANSWER_S, CONNECT_S, Login, failures
 
 if TYPE_CHECKING:
     import paramiko
 
-INSTALL_S = 1800
 #: What pyproject.toml asks for; -P and hashlib.file_digest are the features that the worker needs it for.
 PYTHON = (3, 11)
-_REQUIREMENTS = {
-    "ai-edge-litert": ("ai-edge-litert>=2.3,<3",),
-    "tflite-runtime": ("tflite-runtime>=2.14,<3", "numpy<2"),
-}
 #: The folder goes only after the worker, which may be busy writing as it ends.
 _GUARD = """
 trap '' HUP INT TERM PIPE
@@ -59,8 +54,9 @@ class Ssh:
         self._guard: paramiko.Channel | None = None
 
     def __enter__(self) -> Ssh:
-        self._jobs, self._uploaded, self._runtimes = 0, {}, set()
+        self._jobs, self._uploaded = 0, {}
         self._python = _remote_path(self._connection.python)
+        self._installer = Installer(self._shell, self._line, self._name, self._connection.python)
         try:
             self._client = self._login.connect()
             self._make_folder()
@@ -85,16 +81,18 @@ class Ssh:
 
     def run(
         self, module: str, job: dict, *, files: Mapping[str, Path], outputs: Mapping[str, Path] | None = None,
-        on_progress: OnProgress | None = None, timeout_s: float | None = None,
+        on_progress: OnProgress | None = None, timeout_s: float | None = None, finish_s: float = 0.0,
     ) -> dict:  # fmt: skip
-        self._find_runtime(job.get("runtime", "auto"), on_progress)
+        self._installer.runtime(job.get("runtime", "auto"), on_progress)
+        for module_there, requirement in job.get("requires", {}).items():
+            self._installer.module(module_there, requirement, on_progress)
         here = {key: Path(path).resolve() for key, path in {**files, **(outputs or {})}.items()}
         self._jobs += 1
         name = f"job{self._jobs}"
         there = {key: self._upload(here[key]) for key in files}
         there |= {key: f"{self._folder}/{name}-{_plain(here[key].name)}" for key in outputs or {}}
         self._put(io.BytesIO(json.dumps({**job, **there}, allow_nan=False).encode()), f"{self._folder}/{name}.json")
-        final, exit_code, verdict = self._execute(module, name, on_progress, timeout_s)
+        final, exit_code, verdict = self._execute(module, name, on_progress, timeout_s, finish_s)
         if final and final["kind"] == "error":
             # The person knows the file by the name that it has here.
             final |= {k: _translate(v, there, here) for k, v in final.items() if isinstance(v, str)}
@@ -127,7 +125,7 @@ class Ssh:
         found = re.search(r"<folder>(/.*)</folder>\n", text, re.DOTALL)
         if not found:
             raise TransportError(
-                f"No work folder can be made on {self._name}", received=f"{parent or 'the default'} ({_flat(text)})",
+                f"No work folder can be made on {self._name}", received=f"{parent or 'the default'} ({flat(text)})",
                 next_step="Name a folder there that can be written (folder)",
             )  # fmt: skip
         self._folder = found[1]
@@ -139,7 +137,7 @@ class Ssh:
         found = re.search(r"^Python (\d+)\.(\d+)$", said, re.MULTILINE)
         if code or not found:
             raise TransportError(
-                f"Python cannot be started on {self._name}", received=f"{self._connection.python} ({_flat(said)})",
+                f"Python cannot be started on {self._name}", received=f"{self._connection.python} ({flat(said)})",
                 next_step="Install Python 3.11 or newer there, or name its path (python)",
             )  # fmt: skip
         if (int(found[1]), int(found[2])) < PYTHON:
@@ -163,37 +161,6 @@ class Ssh:
     def _push_package(self) -> None:
         self._put(io.BytesIO(_package()), f"{self._folder}/package.zip")
         self._module("zipfile", "-e", "package.zip", "package")
-
-    def _find_runtime(self, wanted: str, on_progress: OnProgress | None) -> None:
-        """Make sure that the runtime can be imported there, if need be by installing one into the work folder."""
-        if wanted in self._runtimes:
-            return
-        probe = f"import numpy; from mobile_bench.interpreter import load_runtime; load_runtime({wanted!r})"
-        code, said = self._shell(self._line("-c", probe), check=False)
-        tries = []
-        for candidate in RUNTIMES if wanted == "auto" else (wanted,):
-            if code == 0:
-                break
-            if on_progress:
-                text = f"{self._name} has no TFLite runtime for {self._connection.python}: installing {candidate}"
-                on_progress({"kind": "log", "text": f"{text} into the work folder"})
-            code, said = self._shell(
-                self._line(
-                    "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir",
-                    "--upgrade", "--target", "runtime", *_REQUIREMENTS[candidate],
-                ),
-                timeout_s=INSTALL_S,
-            )  # fmt: skip
-            if code == 0:
-                code, said = self._shell(self._line("-c", probe))
-            tries.append(f"{candidate}: {_flat(said)}")
-        if code:
-            raise TransportError(
-                f"There is no TFLite runtime on {self._name}, and none can be installed", received="; ".join(tries),
-                next_step=f"Install one there by hand: {self._connection.python} -m pip install ai-edge-litert (or "
-                "tflite-runtime 'numpy<2' for a Python below 3.12)",
-            )  # fmt: skip
-        self._runtimes.add(wanted)
 
     def _upload(self, path: Path) -> str:
         """Put a file there, once a session."""
@@ -225,7 +192,7 @@ class Ssh:
         write_bytes(path, content)
 
     def _execute(
-        self, module: str, name: str, on_progress: OnProgress | None, timeout_s: float | None
+        self, module: str, name: str, on_progress: OnProgress | None, timeout_s: float | None, finish_s: float
     ) -> tuple[dict | None, int, str]:
         """Run one job; the final message, the exit code as subprocess has it, and the limit that was passed."""
         line = self._line("-m", module, f"{name}.json", FOLLOW_PARENT)
@@ -245,7 +212,12 @@ class Ssh:
             if timer:
                 timer.daemon = True
                 timer.start()
-            final = follow(self._lines(channel), on_progress)
+            try:
+                final = follow(self._lines(channel), on_progress)
+            except KeyboardInterrupt:
+                if finish_s and (kept := self._finish(channel, name, finish_s)):
+                    raise Interrupted(kept) from None
+                raise
             code = channel.exit_status if channel.status_event.wait(ANSWER_S) else -1
         finally:
             if timer:
@@ -266,6 +238,17 @@ class Ssh:
                 if not line:
                     return
                 yield line
+
+    def _finish(self, channel: paramiko.Channel, name: str, finish_s: float) -> dict | None:
+        """What a job gives when it is interrupted and has so long to end; None where it gives no result."""
+        self._shell(f"kill -INT $(cat {name}.pid)", timeout_s=CONNECT_S, check=False)
+        timer = threading.Timer(finish_s, self._kill, (channel, name))
+        timer.start()
+        try:
+            final = follow(self._lines(channel))
+        finally:
+            timer.cancel()
+        return final["value"] if final and final["kind"] == "result" else None
 
     def _kill(self, channel: paramiko.Channel, name: str) -> None:
         """End a job: at once by its process id, and should it only be starting, by closing its standard input."""
@@ -290,7 +273,7 @@ class Ssh:
     def _module(self, *arguments: str) -> None:
         code, said = self._shell(self._line("-m", *arguments))
         if code:
-            raise TransportError(f"A command failed on {self._name}", received=f"{arguments[0]}: {_flat(said)}")
+            raise TransportError(f"A command failed on {self._name}", received=f"{arguments[0]}: {flat(said)}")
 
     def _shell(self, script: str, *, timeout_s: float = ANSWER_S, check: bool = True) -> tuple[int, str]:
         """Run a script in the work folder; its exit code and all that it printed.
@@ -309,7 +292,7 @@ class Ssh:
             if code == -1 and not self._client.get_transport().is_active():
                 raise EOFError
         if check and code and any(words in said for words in _NO_SPACE):
-            raise self._no_space(_flat(said))
+            raise self._no_space(flat(said))
         return code, said
 
     def _open(self, script: str, timeout_s: float = ANSWER_S) -> paramiko.Channel:
@@ -376,7 +359,3 @@ def _translate(text: str, there: Mapping[str, str], here: Mapping[str, Path]) ->
     for key, place in there.items():
         text = text.replace(place, str(here[key]))
     return text
-
-
-def _flat(text: str) -> str:
-    return " | ".join(line for line in text.splitlines() if line.strip())[-600:] or "no answer"

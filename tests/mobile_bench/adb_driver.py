@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from mobile_bench.errors import Problem
 from mobile_bench.records import Connection, Target
+from mobile_bench.sustained import sustain
 from mobile_bench.transports.adb import Adb
 
 WORK, ADBD, PORT, MODELS = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -44,7 +46,14 @@ RECORDED_PROFILE = (WORK / "profile.csv").read_text()
 
 def start_adbd():
     libraries = [str(ADBD / "usr/lib/x86_64-linux-gnu" / name) for name in ("android", "")]
-    environment = {**os.environ, "ADBD_PORT": str(PORT), "LD_LIBRARY_PATH": ":".join(libraries)}
+    programs = WORK / "bin"
+    programs.mkdir(exist_ok=True)
+    (programs / "dumpsys").write_text(f"#!/bin/sh\ncat '{WORK}/battery'\n")
+    (programs / "dumpsys").chmod(0o755)
+    environment = {
+        **os.environ, "ADBD_PORT": str(PORT), "LD_LIBRARY_PATH": ":".join(libraries),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }  # fmt: skip
     program = ADBD / "usr/lib/android-sdk/platform-tools/adbd"
     with open(WORK / "adbd.log", "ab") as log:
         return subprocess.Popen([program], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -97,6 +106,42 @@ def compare():
         ]
         pushed = sorted(path.name for path in Path(adb.folder).glob("*.tflite") if path.name[0] != "s")
     return {"rounds": rounds, "pushed": pushed}
+
+
+#: What `dumpsys battery` prints on a phone that runs on its battery.
+BATTERY = """\
+Current Battery Service state:
+  AC powered: false
+  USB powered: false
+  Wireless powered: false
+  Max charging current: 0
+  Charge counter: {charge}
+  status: {status}
+  health: 2
+  present: true
+  level: 71
+  scale: 100
+  voltage: 3850
+  temperature: 312
+  technology: Li-ion
+"""
+
+
+def drain(message):
+    """The battery gives 2 mAh a window: 27.72 J."""
+    if message.get("window"):
+        drain.charge -= 2000
+        (WORK / "battery").write_text(BATTERY.format(charge=drain.charge, status=3))
+
+
+def minutes(status=3, energy="auto"):
+    drain.charge = 2_500_000
+    (WORK / "battery").write_text(BATTERY.format(charge=drain.charge, status=status))
+    found = sustain(
+        MODELS / "int8.tflite", seconds=1.5, target=Target("adb", address=SERIAL), connection=connection(),
+        energy=energy, idle_s=0.1, on_progress=drain if status == 3 else None,
+    )  # fmt: skip
+    return {**asdict(found), "gross_j": found.energy and found.energy.gross_j}
 
 
 def profile():
@@ -167,6 +212,9 @@ TOGETHER = {
 #: One after the other, each with a connection of its own, which it ends.
 ALONE = {
     "good": measure,
+    "minutes": minutes,
+    "minutes on mains": lambda: minutes(status=2),
+    "minutes on mains, by its battery": lambda: minutes(status=2, energy="battery"),
     "crash": lambda: measure("crash"),
     "interrupted": lambda: measure("hang", meanwhile=interrupt, timeout_s=150.0),
     "no such serial": lambda: measure(address="it's; touch gone $(touch gone)"),

@@ -5,10 +5,10 @@
 #
 #     tests/mobile_bench/make_arm64_board.sh [FOLDER] [DEBIAN MIRROR]
 set -euo pipefail
-folder=${1:-$HOME/.cache/tfopt-dev/arm64} mirror=${2:-http://deb.debian.org/debian}
+folder=${1:-$HOME/.cache/tfopt-dev/arm64} mirror=${2:-} # debootstrap's own by default
 work=$folder.making
 rm -rf "$work" && mkdir -p "$work"
-debootstrap --foreign --arch=arm64 --variant=minbase --include=python3,openssh-server bookworm "$work" "$mirror"
+debootstrap --foreign --arch=arm64 --variant=minbase --include=python3,openssh-server bookworm "$work" ${mirror:+"$mirror"}
 for package in "$work"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$work"; done
 rm -rf "$work"/var/cache/apt/archives/*.deb "$work/debootstrap"
 printf 'root:x:0:0:root:/root:/bin/sh\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n' >"$work/etc/passwd"

@@ -133,6 +133,21 @@ def test_each_failure_has_its_kind_and_says_why(real, case, kind, words):
     assert words in real.cases[case]["text"]
 
 
+def test_minutes_on_a_phone_with_what_its_battery_gave(real):
+    value = real.cases["minutes"]["value"]
+    windows, energy = value["windows"], value["energy"]
+    assert value["status"] == "ok" and len(windows) >= 2 and not real.cases["minutes"]["left"]
+    assert all(window["count"] == 1 and window["median_ms"] > 2.9 and window["p99_ms"] is None for window in windows)
+    assert energy["source"] == "Android's charge counter"
+    # 2 mAh at 3.85 V a window, but for the last one, whose fall comes after its reading.
+    assert value["gross_j"] == pytest.approx(27.72 * (len(windows) - 1)) and energy["inferences"] == len(windows)
+    assert any("loading and warming up" in warning for warning in value["warnings"])
+    mains = real.cases["minutes on mains"]["value"]
+    assert mains["energy"] is None and any("not discharging" in warning for warning in mains["warnings"])
+    refused = real.cases["minutes on mains, by its battery"]
+    assert refused["error"] == "InputError" and "adb tcpip" in refused["text"]
+
+
 def test_files_take_turns_there(real):
     value = real.cases["compare"]["value"]
     assert value["pushed"] == ["tflite_0.tflite", "tflite_1.tflite"]

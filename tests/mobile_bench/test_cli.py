@@ -147,7 +147,6 @@ def test_a_crash_of_the_runtime_exits_1_with_its_record(bench, tiny):
             ["evaluate", "{float32}", "--sample", "{sample}", "--input-spec", "scaling=signed", "--workers", "0"],
             "1 to 256",
         ),
-        (["evaluate", "{self_calling}", "--sample", "{sample}", "--input-spec", "scaling=signed"], "SIG"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, capsys, tmp_path):
@@ -162,6 +161,13 @@ def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, cap
     said = capsys.readouterr()
     assert ended.value.code == 2 and word in said.err and said.out == ""
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "profile"])
+def test_a_file_that_crashes_the_runtime_exits_1_in_words(bench, tiny, command):
+    options = {"evaluate": ("--sample", tiny.sample, "--input-spec", "scaling=signed"), "compare": (tiny.path("int8"),)}
+    done = bench(command, tiny.path("self_calling"), *options.get(command, ()))
+    assert done.returncode == 1 and "SIG" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_open_size_can_be_said(bench, tiny):

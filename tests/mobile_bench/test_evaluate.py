@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mobile_bench.errors import DataError, InputError, JobFailed, ModelRefused
+from mobile_bench.errors import DataError, DelegateError, InputError, JobFailed, ModelRefused
 from mobile_bench.evaluate import (
     choose_workers,
     classes_of,
@@ -14,6 +14,9 @@ from mobile_bench.evaluate import (
 )
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import load_runtime
+from mobile_bench.records import Delegate, Target
+
+from .small_graphs import write_chain
 
 SPEC = InputSpec(12, 12, 3)
 
@@ -194,3 +197,22 @@ def test_samples_that_cannot_be_used(tiny, tmp_path):
     for path in (text, pickled, lacking, wrong, cut, tmp_path / "array.npy", tmp_path / "none.npz", tmp_path):
         with pytest.raises(DataError, match="sample"):
             read_sample(path)
+
+
+def test_an_accelerator_answers_the_sample_unless_it_leaves_some_to_the_cpu(adder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 1, 3), np.uint8)
+    np.savez(tmp_path / "sample.npz", images=images, labels=images.reshape(20, 3).argmax(1).astype(np.int32))
+    target, spec = Target(accelerator="external"), InputSpec(1, 1, 3)
+    answer = lambda *ops, **wanted: evaluate_apart(
+        write_chain(tmp_path / "chain.tflite", *ops, shape=(1, 1, 1, 3)), tmp_path / "sample.npz", spec, target,
+        delegate=Delegate(**wanted),
+    )  # fmt: skip
+    found = answer("ADD", "ADD", library=str(adder))
+    assert (found.correct, found.images, found.workers) == (20, 20, 1)
+    with pytest.raises(DelegateError, match="leaves 1 of 2 operations to the CPU"):
+        answer("LOGISTIC", "ADD", library=str(adder))
+    assert answer("LOGISTIC", "ADD", library=str(adder), allow_fallback=True).correct == 20
+    with pytest.raises(DelegateError, match="not-there"):
+        answer("ADD", library="/not-there.so")
+    with pytest.raises(InputError, match="for another processor"):
+        evaluate_apart(tmp_path / "chain.tflite", tmp_path / "sample.npz", spec, delegate=Delegate(library=str(adder)))

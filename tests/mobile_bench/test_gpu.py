@@ -1,12 +1,4 @@
-"""The GPU by LiteRT's CompiledModel, run for real on SwiftShader, a Vulkan driver in software.
-
-Put libvk_swiftshader.so (from Debian's chromium-common, by apt-get download and dpkg-deb -x) and libvulkan.so.1 (from
-libvulkan1, likewise) into the folder that TFOPT_SWIFTSHADER names, else into ~/.cache/tfopt-dev/swiftshader.
-"""
-
-import json
-import os
-from pathlib import Path
+"""The GPU by LiteRT's CompiledModel, run for real on SwiftShader, a Vulkan driver in software: see conftest.py."""
 
 import pytest
 
@@ -18,7 +10,6 @@ from mobile_bench.jobs import run_job
 
 from .small_graphs import write_chain
 
-SWIFTSHADER = Path(os.environ.get("TFOPT_SWIFTSHADER", Path.home() / ".cache" / "tfopt-dev" / "swiftshader"))
 PARTLY = """\
 INFO: [delegate_webgpu.cc:363] Created a WebGPU environment.
 ERROR: Following operations are not supported by GPU delegate:
@@ -28,19 +19,8 @@ STRIDED_SLICE: Slice does not support shrink_axis_mask parameter.
 
 
 @pytest.fixture
-def gpu(tmp_path):
-    """The environment in which a process finds SwiftShader; skips where it is not at hand."""
-    for name in ("libvk_swiftshader.so", "libvulkan.so.1"):
-        if not (SWIFTSHADER / name).is_file():
-            pytest.skip(f"no GPU in software here: {SWIFTSHADER / name} is not there; this file says where it is from")
-    driver = tmp_path / "icd.json"
-    facts = {"library_path": str(SWIFTSHADER / "libvk_swiftshader.so"), "api_version": "1.3.0"}
-    driver.write_text(json.dumps({"file_format_version": "1.0.0", "ICD": facts}))
-    known = [str(SWIFTSHADER), os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        "VK_DRIVER_FILES": str(driver), "XDG_RUNTIME_DIR": str(tmp_path),
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, known)),
-    }  # fmt: skip
+def gpu(swiftshader):
+    return swiftshader
 
 
 @pytest.fixture

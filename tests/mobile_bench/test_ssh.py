@@ -25,6 +25,8 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
 from mobile_bench.profile import profile
 from mobile_bench.records import Connection, Delegate, Target
+from mobile_bench.stream import stream
+from mobile_bench.sustained import sustain
 from mobile_bench.transports import transport_for
 from mobile_bench.transports.local import Local
 
@@ -179,6 +181,88 @@ def test_a_delegates_library_there_is_checked_and_timed(board, adder, tmp_path):
     assert emptied(board)
 
 
+def test_minutes_there_with_the_energy_and_the_heat_of_there(board, tiny, machine):
+    options = {"target": TARGET, "connection": board, "root": machine}
+    found = sustain(tiny.path("float32"), seconds=2.2, idle_s=0.2, **options)
+    assert (found.status, len(found.windows)) == ("ok", 2) and sum(w.count for w in found.windows) > 100
+    assert found.energy.source == "RAPL package-0" and found.energy.gross_mj > 0 and found.energy.idle_w > 0
+    assert found.windows[0].temperature_c == 61.0 and found.device["runtime"] == "ai-edge-litert"
+    with pytest.raises(InputError, match="no battery"):
+        sustain(tiny.path("float32"), seconds=2, energy="battery", **options)
+    assert emptied(board)
+
+
+def test_minutes_there_that_are_interrupted_keep_what_was_measured(board, tiny):
+    def stop(message):
+        if message.get("window"):
+            raise KeyboardInterrupt
+
+    found = sustain(tiny.path("float32"), seconds=60, target=TARGET, connection=board, energy="none", on_progress=stop)
+    assert (found.status, len(found.windows), found.energy) == ("interrupted", 1, None)
+    assert emptied(board)
+
+
+def test_a_compiled_file_runs_there_beside_its_plain_twin(board, adder, tmp_path):
+    compiled, plain = (write_chain(tmp_path / f"{op}.tflite", op) for op in ("EDGETPU", "ADD"))
+    target, early = replace(TARGET, accelerator="edgetpu"), {"early": "1"}
+    there = lambda **wanted: measure(
+        compiled, target, connection=board, delegate=Delegate(library=str(adder), options=early, **wanted)
+    )
+    found = there(reference=str(plain))
+    assert (found.status, found.delegated_ops, found.output_drift) == ("ok", ("edgetpu-custom-op",), 0.0), found.reason
+    assert found.latency_ms and there().status == "refused"
+    wrong = there(reference=str(write_chain(tmp_path / "other.tflite", "EXP")))
+    assert wrong.status == "refused" and not wrong.latency_ms
+    assert emptied(board)
+
+
+@pytest.fixture
+def photos(tiny, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for number, image in enumerate(tiny.images[:6]):
+        Image.fromarray(image).save(folder / ("more" if number > 3 else "") / f"{number}.png")
+    return folder
+
+
+def test_frames_of_here_are_sent_there_and_answered_alike(board, tiny, photos):
+    said, options = [], {"fps": 40.0, "seconds": 0.5, "drop": False}
+    here = stream(tiny.path("int8"), str(photos), SPEC, **options)
+    there = stream(
+        tiny.path("int8"), str(photos), SPEC, target=TARGET, connection=board, on_progress=said.append, **options
+    )
+    # A busy machine may end before the last of the twenty frames is begun.
+    alike = lambda one, other: len(one) > 2 and one[: len(other)] == other[: len(one)]
+    assert alike(there.number, tuple(range(20))) and alike(there.classes, here.classes) and there.about == "6 images"
+    assert any("sending 6 images" in message.get("text", "") for message in said)
+    there = stream(tiny.path("int8"), f"board:{photos}", SPEC, target=TARGET, connection=board, **options)
+    assert alike(there.classes, here.classes)
+    with pytest.raises(InputError, match="no such file or folder"):
+        stream(tiny.path("int8"), "board:/nowhere", SPEC, target=TARGET, connection=board, **options)
+    with pytest.raises(InputError, match="--target ssh"):
+        stream(tiny.path("int8"), f"board:{photos}", SPEC, **options)
+    assert emptied(board)
+
+
+def test_a_stream_there_that_is_interrupted_keeps_its_frames(board, tiny, photos):
+    def stop(message):
+        if "frames a second from" in message.get("text", ""):
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+
+    found = stream(tiny.path("int8"), str(photos), SPEC, seconds=60, target=TARGET, connection=board, on_progress=stop)
+    assert found.interrupted and len(found.number) >= 1 and found.seconds < 30
+    assert emptied(board)
+
+
+def test_what_the_board_lacks_is_installed_or_named(board, tiny):
+    job = {**JOB, "requires": {"no_such_module_there": "a-project-that-is-not-there==0"}}
+    with over(board) as transport, pytest.raises(TransportError, match="lacks the module no_such_module_there"):
+        transport.run("mobile_bench.worker", job, files={"tflite": tiny.path("float32")})
+
+
 @pytest.mark.parametrize("name", ["float32", "int8"])
 def test_predictions_are_the_same_as_here(board, tiny, tmp_path, name):
     job = {"spec": SPEC.to_dict(), "workers": 1, "runtime": "auto"}
@@ -288,14 +372,13 @@ def test_an_interrupt_cleans_up(board, tiny, error):
 
 def test_nothing_stays_when_this_process_is_killed(board, tiny):
     code = (
-        "import os, signal, sys; from mobile_bench.records import Connection; import test_ssh as t\n"
+        "import os, signal; from mobile_bench.records import Connection; from tests.mobile_bench import test_ssh as t\n"
         "stop = lambda m: os.kill(os.getpid(), signal.SIGKILL) if m.get('stage') == 'timing' else None\n"
         f"with t.over({board!r}) as transport:\n"
         f"    transport.run('mobile_bench.worker', t.LONG, files={{'tflite': {str(tiny.path('float32'))!r}}}, "
         "on_progress=stop)"
     )
-    places = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert emptied(board)

@@ -38,36 +38,6 @@ def own_lock(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def machine(tmp_path):
-    """A tree like /sys and /proc with a thermal zone and an energy counter that rises by 2 J every 20 ms."""
-    for path, text in (
-        ("sys/class/thermal/thermal_zone0/temp", "61000"),
-        ("sys/class/thermal/thermal_zone0/type", "cpu-thermal"),
-        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "1500000"),
-        ("sys/class/powercap/intel-rapl:0/name", "package-0"),
-        ("sys/class/powercap/intel-rapl:0/energy_uj", "0"),
-        ("sys/class/powercap/intel-rapl:0/max_energy_range_uj", "1000000000"),
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    counter, stop = tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj", threading.Event()
-
-    def rise():
-        joules = 0
-        while not stop.wait(0.02):
-            joules += 2
-            fresh = counter.with_name("fresh")
-            fresh.write_text(f"{joules * 1_000_000}")
-            os.replace(fresh, counter)
-
-    thread = threading.Thread(target=rise)
-    thread.start()
-    yield tmp_path
-    stop.set()
-    thread.join()
-
-
 def windows_of(medians, **fields):
     return tuple(Window(float(n), 1.0, 10, m, 1.2 * m, 1.5 * m, **fields) for n, m in enumerate(medians))
 

@@ -10,6 +10,8 @@ from mobile_bench.commands.sweep import _counts
 from mobile_bench.errors import InputError
 from mobile_bench.measure import measure
 
+from .small_graphs import write_chain
+
 
 @pytest.fixture
 def sweep(run_python, tmp_path):
@@ -63,7 +65,7 @@ def test_an_interrupted_sweep_keeps_the_points_before(tiny, tmp_path, monkeypatc
 
 def test_a_file_that_cannot_be_used_exits_2(sweep, tiny):
     done = sweep(tiny.path("truncated"), "--threads", "1", "--batch", "1")
-    assert done.returncode == 2 and "truncated" in done.stdout
+    assert done.returncode == 2 and "truncated" in done.stderr
 
 
 def test_sizes_are_measured_where_the_file_leaves_them_open(sweep, tiny):
@@ -73,11 +75,20 @@ def test_sizes_are_measured_where_the_file_leaves_them_open(sweep, tiny):
     assert shapes == [(1, 16, 16, 3), (2, 16, 16, 3), (1, 24, 24, 3), (2, 24, 24, 3)]
 
 
+def test_a_fixed_size_is_changed_where_the_operations_allow_it(sweep, tmp_path):
+    file = write_chain(tmp_path / "chain.tflite", "LOGISTIC", "EXP", shape=(1, 8, 8, 3))
+    done = sweep(file, "--size", "8,16", "--threads", "1", "--batch", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    shapes = [tuple(p["measurement"]["input_shape"]) for p in json.loads(done.stdout)["points"]]
+    assert shapes == [(1, 8, 8, 3), (1, 16, 16, 3)]
+
+
 def test_a_size_that_the_file_does_not_have_is_refused_and_the_others_go_on(sweep, tiny):
     done = sweep(tiny.path("int8"), "--size", "16,12", "--threads", "1", "--batch", "1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for text in ("Size", "16x16", "refused", "fixes its input at 12x12", "12x12", "1.00x"):
+    for text in ("Size", "16x16", "refused", "12x12", "1.00x"):
         assert text in done.stdout
+    assert "not measured: The file fixes its input size" in done.stderr
     plain = sweep(tiny.path("int8"), "--threads", "1", "--batch", "1")
     assert plain.returncode == 0 and "Size" not in plain.stdout
 

@@ -1,14 +1,11 @@
 """What GPU delegates take: our rules held against LiteRT's WebGPU accelerator, on SwiftShader.
 
-test_gpu.py one folder up says where SwiftShader is from. OpenCL's and OpenGL's delegates cannot run here: their
+conftest.py one folder up says where SwiftShader is from. OpenCL's and OpenGL's delegates cannot run here: their
 rules are tested alone.
 """
 
 import dataclasses
-import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 
@@ -44,7 +41,6 @@ from .gpu_graphs import (
 )  # fmt: skip
 from .gpu_models import PARTLY, REFUSED, TAKEN
 
-SWIFTSHADER = Path(os.environ.get("TFOPT_SWIFTSHADER", Path.home() / ".cache" / "tfopt-dev" / "swiftshader"))
 MODELS = {**TAKEN, **{name: made for name, (made, _) in {**REFUSED, **PARTLY}.items()}}
 #: What it accepts and then computes wrongly, with the words of the note.
 WRONG = {
@@ -88,22 +84,6 @@ def write(folder, name, make):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu-models")
     return {name: write(folder, name, make) for name, make in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def swiftshader(tmp_path_factory):
-    """The environment in which a process finds SwiftShader; skips where it is not at hand."""
-    for name in ("libvk_swiftshader.so", "libvulkan.so.1"):
-        if not (SWIFTSHADER / name).is_file():
-            pytest.skip(f"no GPU in software here: {SWIFTSHADER / name} is not there")
-    folder = tmp_path_factory.mktemp("swiftshader")
-    facts = {"library_path": str(SWIFTSHADER / "libvk_swiftshader.so"), "api_version": "1.3.0"}
-    (folder / "icd.json").write_text(json.dumps({"file_format_version": "1.0.0", "ICD": facts}))
-    known = [str(SWIFTSHADER), os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        "VK_DRIVER_FILES": str(folder / "icd.json"), "XDG_RUNTIME_DIR": str(folder),
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, known)),
-    }  # fmt: skip
 
 
 @pytest.fixture

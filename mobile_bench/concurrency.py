@@ -1,7 +1,7 @@
 """Several streams at once: how many images a second a machine serves when processes share it.
 
-Started as `python -m mobile_bench.streams job.json`, it starts one process for each stream, each with an interpreter
-of its own. Each loads the file, warms up and waits; then all get the same moment of the system's monotonic clock, run
+Started as `python -m mobile_bench.concurrency job.json`, it starts one process for each stream, each with its own
+interpreter. Each loads the file, warms up and waits; then all get the same moment of the system's monotonic clock, run
 from before it to after the end of the window, and count what lies in it, so that all streams are busy all the time
 that counts.
 """
@@ -69,8 +69,8 @@ class Streams:
 
 def measure_streams(
     tflite: str | Path, streams: int, target: Target = Target(), *, connection: Connection | None = None,  # noqa: B008 - frozen
-    batch: int = 1, runs: int = 30, seconds: float = 2.0, spec: InputSpec | None = None, seed: int = 0,
-    on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600,
+    batch: int = 1, runs: int = 30, seconds: float = 2.0, spec: InputSpec | None = None, resize: bool = False,
+    seed: int = 0, on_progress: OnProgress | None = None, timeout_s: float = 900, wait_s: float = 3600,
 ) -> Streams:  # fmt: skip
     """Run `streams` processes on one file at once, for `seconds` or as long as `runs` inferences of each may take.
 
@@ -88,7 +88,7 @@ def measure_streams(
     check_can_run(target)
     job = {
         "streams": streams, "threads": target.threads, "runtime": target.runtime, "batch": batch, "runs": runs,
-        "seconds": seconds, "seed": seed, "spec": spec.to_dict() if spec else None,
+        "seconds": seconds, "seed": seed, "resize": resize, "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
     facts = {"run_id": uuid.uuid4().hex[:8], "kind": "stream", "sha256": sha256_of(tflite), "target": target,
              "batch": batch}  # fmt: skip
@@ -98,7 +98,7 @@ def measure_streams(
         try:
             with transport:
                 found = transport.run(
-                    "mobile_bench.streams", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
+                    "mobile_bench.concurrency", job, files={"tflite": Path(tflite)}, on_progress=on_progress,
                     timeout_s=timeout_s,
                 )  # fmt: skip
         except (ModelRefused, DelegateError) as refusal:
@@ -151,7 +151,7 @@ class _Stream:
         write_job(path, {**job, "seed": job["seed"] + number, "alone": True})
         with open(self._log, "wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mobile_bench.streams", str(path)], stdin=subprocess.PIPE,
+                [sys.executable, "-P", "-m", "mobile_bench.concurrency", str(path)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=log, env=dict(os.environ),
             )  # fmt: skip
         self.pid = self._child.pid
@@ -214,7 +214,7 @@ def run_alone(job: dict, emit: Callable[..., None]) -> dict:
     started = time.perf_counter()
     model = open_model(
         job["tflite"], job["threads"], job["runtime"], batch=job["batch"],
-        size=(spec.height, spec.width) if spec else None,
+        size=(spec.height, spec.width) if spec else None, resize=job.get("resize", False),
     )  # fmt: skip
     load_ms = 1000 * (time.perf_counter() - started)
     model.set_inputs(*random_inputs(model, spec, job["seed"] % 2**32))

@@ -7,9 +7,9 @@ import pytest
 
 from mobile_bench.cli import app
 from mobile_bench.cli_support import exit_code_of
+from mobile_bench.concurrency import Streams, _run_until, measure_streams
 from mobile_bench.errors import InputError
 from mobile_bench.records import Target
-from mobile_bench.streams import Streams, _run_until, measure_streams
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_what_makes_no_sense_is_refused_at_once(tiny):
 
 def test_the_sweep_shows_streams_only_when_asked(tiny, monkeypatch, capsys):
     brief = functools.partial(measure_streams, seconds=0.3)
-    monkeypatch.setattr("mobile_bench.streams.measure_streams", brief)
+    monkeypatch.setattr("mobile_bench.concurrency.measure_streams", brief)
 
     def sweep(*args):
         assert exit_code_of(lambda **_: app(["sweep", str(tiny.path("int8")), *args], standalone_mode=False)) == 0
