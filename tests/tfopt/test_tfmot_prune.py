@@ -298,3 +298,31 @@ print("fine")
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "TF_USE_LEGACY_KERAS": "1"}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_policy_says_whether_xnnpack_takes_the_file(tmp_path, fits):
+    from mobile_bench.inputs import InputSpec
+    from tfopt import data
+
+    image = keras.Input((16, 16, 3))
+    x = layers.ZeroPadding2D(1)(image) if fits else image
+    x = layers.Conv2D(16, 3, strides=2, use_bias=False, padding="valid" if fits else "same", name="stem")(x)
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.Conv2D(64, 1, name="expand")(x)
+    x = layers.ReLU()(layers.DepthwiseConv2D(3, padding="same", name="deep")(x))
+    x = layers.Conv2D(64, 1, activation="relu" if fits else "tanh", name="project")(x)
+    x = layers.Flatten()(layers.GlobalAveragePooling2D(keepdims=True)(x))
+    model = keras.Model(image, layers.Dense(2, activation="softmax", name="classes")(x))
+    rng = np.random.default_rng(0)
+    images = data.from_arrays((rng.integers(0, 256, (200, 16, 16, 3)).astype(np.uint8), np.arange(200) % 2))
+    technique = Prune(policy="xnnpack", sparsity=0.8, train=dataclasses.replace(SHORT, steps=6, batch_size=8))
+    _, report = technique.apply(OptimizedModel(model, InputSpec(16, 16, 3)), Context(images, tmp_path, model))
+    assert set(report.touched) == {"expand", "project"}
+    found = report.properties["xnnpack"]
+    assert found["eligible"] is fits and any("not measured here" in note for note in report.notes)
+    if fits:
+        assert found["missing"] == [] and found["policy"] == "the whole model is supported"
+    else:
+        assert "TANH" in found["missing"][-1] and "Could not find `Conv2D 3x3`" in found["policy"]
