@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from dashboard import story
 from dashboard.report import markdown_table, write_report
 from mobile_bench.errors import InputError
 from mobile_bench.store import read_study
@@ -145,3 +147,13 @@ def test_writing_it_needs_neither_tensorflow_nor_streamlit(study, tmp_path):
         [sys.executable, "-c", code, str(study), str(tmp_path / "r.html")], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == []
+
+
+def test_a_variants_origin_says_what_its_file_kept(study):
+    entry = next(entry for entry in read_study(study).entries if entry.variant.status == "ok")
+    weights = {"sparsity": 0.5, "most_values": 979, "most_channel_values": 16, "layers": [{"layer": "stem"}]}
+    variant = dataclasses.replace(entry.variant, properties={"sparse": True, "weights": weights})
+    pairs = dict(story.origin(dataclasses.replace(entry, variant=variant)))
+    assert pairs["Zeros in the file's kernels"] == "50.00%" and "weights" not in pairs and "sparse" in pairs
+    assert pairs["Values of a kernel, at most"] == "979"
+    assert pairs["Values of one output channel, at most"] == "16"

@@ -116,7 +116,7 @@ def test_a_bad_reference_is_an_error_like_any_bad_model(study, tmp_path):
 
 
 def test_help_teaches_every_command():
-    commands = ("train", "optimize", "study", "demo", "convert", "evaluate", "report", "recipes")
+    commands = ("train", "optimize", "study", "demo", "convert", "evaluate", "report", "recipes", "sensitivity")
     printed = tfopt("--help").stdout
     assert all(command in printed for command in commands)
     assert "distill_prune_qat" in tfopt("recipes").stdout
@@ -130,6 +130,7 @@ def test_help_teaches_every_command():
         (["evaluate", "text.keras", "--data", "digits"], "damaged, cut short or not a Keras 3 file"),
         (["evaluate", "text.keras", "--data", "digitz"], "Did you mean digits"),
         (["evaluate", "text.keras", "--data", "digits:tset"], "Did you mean test"),
+        (["sensitivity", "text.keras", "--data", "digits", "--picture", "layers.png"], "a name that ends in .svg"),
         (["convert", "text.keras", "--scheme", "int4"], "There is no scheme of that name"),
         (["convert", "text.keras", "--scheme", "int8"], "needs images to calibrate on"),
         (["convert", "keras:ResNet5", "--scheme", "float32"], "Did you mean ResNet50"),

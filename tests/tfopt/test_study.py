@@ -137,7 +137,7 @@ def test_a_worker_that_is_killed_leaves_a_study_that_goes_on(trained_file, digit
     weights = entry.variant.properties["weights"]
     assert weights["most_channel_values"] <= 16 and all(0 < row["keras_values"] <= 16 for row in weights["layers"])
     assert not weights["not_found"] and not entry.variant.warnings
-    assert {row["layer"] for row in weights["layers"]} >= {"stem_v", "classes"}
+    assert {row["layer"] for row in weights["layers"]} >= {"stem_v", "classes_v"}
 
 
 def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_file, digits, tmp_path):
