@@ -19,7 +19,7 @@ from tfopt.technique import Context, OptimizedModel, Property
 from tfopt.techniques import quantize
 from tfopt.techniques.prune import Prune
 from tfopt.techniques.quantize import QuantizeAware
-from tfopt.tfmot import bridge, client, rounding
+from tfopt.tfmot import bridge, client, norms, rounding
 from tfopt.training import TrainConfig
 
 SHORT = TrainConfig(steps=30, batch_size=32, learning_rate=3e-4, evaluations=1)
@@ -186,8 +186,52 @@ def test_a_batch_norm_that_no_kernel_absorbs_is_named():
     x = layers.Add()([layers.BatchNormalization(name="alone")(x), x])
     model = keras.Model(image, layers.Dense(2)(layers.Flatten()(layers.BatchNormalization(name="second")(x))))
     graph, _ = bridge.describe(model)
-    assert rounding.unfolded(graph) == ["alone", "second"]
+    assert [node.source for node in rounding.unfolded(graph)] == ["alone", "second"]
     assert rounding.plan(graph)["conv"] == "kernel"
+
+
+def preactivated(shape, classes):
+    """A block as in ResNet V2 and DenseNet: batch norms before the convolutions, of several inputs together."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input(shape)
+    x = skip = layers.Conv2D(12, 3, padding="same", name="stem")(image)
+    x = layers.ReLU()(layers.BatchNormalization(name="before")(x))
+    x = layers.Concatenate()([layers.Conv2D(12, 3, padding="same", name="inside")(x), skip])
+    x = layers.ReLU()(layers.BatchNormalization(name="both")(x))
+    x = layers.Dense(classes, activation="softmax", name="classes")(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(image, x)
+    random = np.random.default_rng(0)
+    for name in ("before", "both"):
+        model.get_layer(name).set_weights([random.uniform(0.5, 1.5, w.shape) for w in model.get_layer(name).weights])
+    return model
+
+
+def test_such_a_batch_norm_becomes_a_convolution_and_comes_back():
+    model = preactivated((8, 8, 1), 10)
+    graph, weights = bridge.describe(model)
+    whole, own, replaced = norms.as_convolutions(graph, weights)
+    assert [node.source for node in replaced] == ["before", "both"] and not rounding.unfolded(whole)
+    assert {whole.node(node.name).kind for node in replaced} == {"DepthwiseConv2D"}
+    again = norms.back(replaced, weights, own)
+    assert again.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_allclose(again[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norms_before_convolutions_end_in_whole_numbers(digits, spec, tmp_path):
+    model = preactivated(spec.shape, 10)
+    config = TrainConfig(steps=250, batch_size=32, learning_rate=5e-3, evaluations=1)
+    training.fit(model, digits["train"], digits["validation"], spec, config, keras=keras)
+    result, report = QuantizeAware(train=SHORT).apply(OptimizedModel(model, spec), Context(digits, tmp_path, model))
+    assert any("1x1 depthwise convolutions: before, both" in note for note in report.notes)
+    assert not any("in float" in note for note in report.notes)
+    out, test = tmp_path / "int8.tflite", digits["test"].subset(np.arange(200))
+    expected = client.export_quantized(result.quantized, spec, out=out, split=test)
+    found, types = answers(out, test.pixels(spec), spec)
+    assert types == {"int8", "int32"}
+    assert np.mean(found.argmax(1) == expected.argmax(1)) >= 0.97
+    before, after = (dict(zip("gbmv", m.get_layer("both").get_weights())) for m in (model, result.model))
+    assert np.any(before["g"] != after["g"]) and np.array_equal(before["v"], after["v"])
 
 
 def test_a_lost_zero_is_an_error(chain):

@@ -59,6 +59,9 @@ class QuantizeAware(Technique):
         properties = _zeros_kept(trained) if sparse else {}
         properties |= _clusters_kept(trained) if clustered else {}
         notes = client.notes(trained)
+        if trained.result["norms"]:
+            names = ", ".join(trained.result["norms"])
+            notes += (f"Batch norms that follow no convolution were trained as 1x1 depthwise convolutions: {names}",)
         if trained.result["float"]:
             names = ", ".join(trained.result["float"])
             notes += (f"Batch norms that follow no convolution keep part of their arithmetic in float: {names}",)

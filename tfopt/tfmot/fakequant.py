@@ -129,7 +129,8 @@ class FakeQuantized:
 
     def _kernel_config(self, node: Node, layer: tf_keras.layers.Layer):
         config = self._registry.get_quantize_config(layer)
-        if any(self._keep.values()) and node.trainable:
+        # A kernel that a batch norm became, or that scales pixels, is no kernel of the user's to keep anything of.
+        if any(self._keep.values()) and node.trainable and node.weights[0].rpartition(":")[2].isdigit():
             quantizer = preserving(config.weight_quantizer, layer.weights[0], **self._keep)
             if quantizer:
                 config = copy.copy(config)  # the registry gives one and the same to all layers of a type

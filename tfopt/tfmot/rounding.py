@@ -67,7 +67,7 @@ def plan(graph: Graph) -> dict[str, str]:
     return rounding
 
 
-def unfolded(graph: Graph) -> list[str]:
+def unfolded(graph: Graph) -> list[Node]:
     """Batch norms that no kernel absorbs: the converter leaves part of their arithmetic in float."""
     rounding = plan(graph)
     producer = {call.output: call.node for call in graph.calls}
@@ -75,7 +75,7 @@ def unfolded(graph: Graph) -> list[str]:
     for call in graph.calls:
         sources[call.node] |= {producer.get(number, "") for number in call.inputs}
     norms = [node for node in graph.nodes if node.kind == "BatchNormalization"]
-    return [n.source for n in norms if any(rounding.get(name) != "fused kernel" for name in sources[n.name])]
+    return [n for n in norms if any(rounding.get(name) != "fused kernel" for name in sources[n.name])]
 
 
 def _fusable_relu(node: Node) -> bool:

@@ -62,23 +62,24 @@ def cluster(job: dict, emit) -> dict:
 
 
 def quantize(job: dict, emit) -> dict:
+    from tfopt.tfmot import norms
     from tfopt.tfmot.fakequant import FakeQuantized
     from tfopt.tfmot.rounding import unfolded
 
     graph, weights = _model(job)
+    whole, own, replaced = norms.as_convolutions(graph, weights)
     config = TrainConfig.from_dict(job["train"])
     train, spec = _split(job["splits"]["train"]), InputSpec.from_dict(job["spec"])
-    quantized = FakeQuantized(
-        graph, weights, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False)
-    )
+    quantized = FakeQuantized(whole, own, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False))
     some = train.balanced(_CALIBRATION_BATCHES * 64)
     quantized.calibrate((images for images, _ in some.batches(spec, 64)), spec)
     report = _fit(quantized.model, train, job, config, emit)
     quantized.save(Path(job["quantized"]))
-    probe = _finish(job, graph, quantized.weights())
+    probe = _finish(job, graph, norms.back(replaced, weights, quantized.weights()))
     return {
-        "training": report, "probe": probe, "kept": quantized.kept, "float": unfolded(graph),
-        "quantized": sorted({graph.node(w.layer.name).source for w in quantized.wrappers}),
+        "training": report, "probe": probe, "kept": quantized.kept, "float": [node.source for node in unfolded(whole)],
+        "norms": [node.source for node in replaced],
+        "quantized": sorted({whole.node(w.layer.name).source for w in quantized.wrappers}),
     }  # fmt: skip
 
 
