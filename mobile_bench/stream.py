@@ -163,7 +163,7 @@ def stream(
         raise InputError(
             "A stream needs Python on the device, and a phone has none", received=target.name,
             allowed="local, or a board by ssh",
-            next_step=f"Time the model alone: mobile-bench run --target {target.name}",
+            next_step=f"Time the model alone: mobile-bench run --target adb:{target.address}",
         )  # fmt: skip
     check_is_tflite(tflite)
     there = source.startswith(BOARD) or (target.transport != "local" and source.startswith(("camera:", "/dev/video")))

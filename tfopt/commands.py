@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from mobile_bench import stats, store
 from mobile_bench.errors import InputError
-from mobile_bench.files import write_bytes
+from mobile_bench.files import check_writable, write_bytes
 from mobile_bench.interpreter import check_is_tflite
 from mobile_bench.metadata import find_spec
 from tfopt import attest
@@ -74,6 +74,7 @@ def convert_all(
 
 
 def _check_out(out: Path | None, schemes: Sequence[str]) -> None:
+    check_writable(out / "x.tflite" if out is not None and out.is_dir() else out)
     if out is None or out.is_dir() or (out.suffix == "" and not out.exists()):
         return
     if out.suffix != ".tflite":

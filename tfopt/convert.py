@@ -331,6 +331,7 @@ class _Check:
 
     def facts(self, path: Path, scheme: Scheme) -> dict:
         """What Converted says of a file beside its path. Raises a Problem where it is not to be used."""
+        expected = self.expected
         model = read_model(path)
         _check_form(model, scheme, self.hybrid)
         found = calibrating.answers(open_model(path), self.images, self.spec)
@@ -339,7 +340,6 @@ class _Check:
                 "The file answers with NaN or infinity where Keras does not", received=scheme,
                 next_step="Weights or activations pass the largest number of its types: choose float32",
             )  # fmt: skip
-        expected = self.expected
         # Probabilities range from 0 to 1, also those of an untrained model, which hardly differ.
         width = float(np.ptp(expected)) if self.spec.head == "logits" else 1.0
         same = classes_of(found, self.spec.head) == classes_of(expected, self.spec.head)
@@ -401,6 +401,7 @@ def _child(job: dict, emit) -> dict:
     if job["trust"]:
         keras.config.enable_unsafe_deserialization()
     model = keras.saving.load_model(job["model"], compile=False)
+    _check_weights(model)
     loaded = lambda name: np.load(job[name], allow_pickle=False) if job[name] else None
     images = loaded("calibration")
     # A batch of one, fixed: delegates refuse dynamic shapes.
@@ -431,6 +432,18 @@ def _child(job: dict, emit) -> dict:
         finally:
             unverified.unlink(missing_ok=True)
     return {"schemes": results}
+
+
+def _check_weights(model) -> None:
+    from tfopt.graph import flat_layers
+
+    for layer in flat_layers(model):
+        wrong = sum(int(np.sum(~np.isfinite(array))) for array in layer.get_weights() if array.dtype.kind == "f")
+        if wrong:
+            raise ConversionError(
+                f"Layer {layer.name} of the model has weights that are not finite numbers", received=f"{wrong} of them",
+                next_step="Train the model again with a lower learning rate, or load an earlier checkpoint",
+            )  # fmt: skip
 
 
 def _refusal(error: Exception) -> ConversionError:
