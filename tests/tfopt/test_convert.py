@@ -270,12 +270,17 @@ def test_a_model_that_answers_with_nan_is_not_exported(trained, tmp_path):
     facts = convert._Check(_graph(trained)[1], None, trained.spec, False).facts(path, parse("float32"))
     assert facts["difference"] <= 1e-5 and facts["random"] and facts["images"] == convert.RANDOM_IMAGES
     weight = trained.model.trainable_weights[0]
+    whole = convert._Check(_graph(trained)[1], None, trained.spec, False)
+    _ = whole.expected
     weight.assign(np.full(weight.shape, np.nan))
     broken = convert._Check(_graph(trained)[1], None, trained.spec, False)
     with pytest.raises(ConversionError, match="Keras model itself answers with NaN"):
         broken.facts(path, parse("float32"))
     with pytest.raises(ConversionError, match="file answers with NaN"):
-        convert._Check(None, None, trained.spec, False).facts(_float32(trained, tmp_path), parse("float32"))
+        whole.facts(_float32(trained, tmp_path), parse("float32"))
+    trained.model.save(tmp_path / "nan.keras")
+    (made,) = convert.convert(tmp_path / "nan.keras", trained.spec, ["float32"], tmp_path, work=tmp_path)
+    assert "not finite numbers" in made.reason and trained.model.layers[1].name in made.reason
 
 
 def test_weights_behind_the_flatbuffer_come_along(trained, digits, tmp_path):
