@@ -12,8 +12,7 @@ from mobile_bench.jobs import run_job
 from tfopt.errors import ModelError
 from tfopt.modelfiles import KERAS_2_LAYERS, first_line
 from tfopt.tfmot import neutral
-from tfopt.tfmot.answers import TOLERANCE
-from tfopt.tfmot.client import ENVIRONMENT, WORKER
+from tfopt.tfmot.client import ENVIRONMENT, TOLERANCE, WORKER
 
 _RESAVE = "In the program that made it, save the model as one file: model.save('NAME.keras')"
 TIMEOUT_S = 600
