@@ -43,7 +43,7 @@ class Prune(Technique):
     scope: 'layer' prunes each kernel to `sparsity`; 'global' computes one threshold over the magnitudes of all
     kernels and prunes each to the share of its weights below it. layers: other sparsities by layer name, pattern or
     type, 0 to leave alone: {stem: 0.3, 'stage3_*': 0.8, DepthwiseConv2D: 0}; what they cover stands outside the
-    global threshold. exclude: the same keys, layers to leave alone.
+    global threshold. exclude: the same keys, layers to leave alone; depthwise kernels are few weights and feel it most.
     m_by_n: [2, 4] sets the 2 smallest of every 4 weights along the input axis to zero, from the first step on.
     block: [4, 1] zeros blocks of 4 inputs by 1 output as one, by the `pool` of their magnitudes. policy: 'xnnpack'
     prunes 1x1 convolutions only and says whether XNNPACK's sparse kernels will take the exported file.
