@@ -132,9 +132,10 @@ def open_model(
                 interpreter.invoke()  # some operations find only now that sizes do not fit
         except (ValueError, RuntimeError, MemoryError) as error:
             if forced and "unresolved custom op" not in str(error).lower():
+                many = f" in a batch of {batch}, which may be what it cannot do" if batch > 1 else ""
                 raise ModelRefused(
                     "The file fixes its input size, and cannot be run with another one",
-                    received=f"{size[0]}x{size[1]} ({' '.join(str(error).split())[:200]})",
+                    received=f"{size[0]}x{size[1]}{many} ({' '.join(str(error).split())[:200]})",
                     next_step="Export it with an open height and width, or once for each size",
                 ) from error  # fmt: skip
             raise refusal_of(error, Path(path)) from error

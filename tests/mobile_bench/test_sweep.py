@@ -101,6 +101,8 @@ def test_the_size_of_a_real_classifier_is_changed_as_far_as_its_pooling_allows(s
     assert (model.inputs[0].shape, model.outputs[0].shape) == ((1, 160, 160, 3), (1, 1001))
     with pytest.raises(ModelRefused, match=r"fixes its input size.*256x256"):
         open_model(file, size=(256, 256), resize=True)
+    with pytest.raises(ModelRefused, match=r"160x160 in a batch of 2, which may be"):
+        open_model(file, size=(160, 160), batch=2, resize=True)
     with pytest.raises(ModelRefused, match="compiled for the Edge TPU"):
         open_model(shared_model("mobilenet_v1_0.25_128_quant_edgetpu.tflite"), size=(160, 160), resize=True)
 
