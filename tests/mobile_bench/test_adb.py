@@ -24,7 +24,7 @@ from mobile_bench.evaluate import predictions_only
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
 from mobile_bench.profile import profile
-from mobile_bench.records import Connection, Measurement, Target, from_dict, to_dict
+from mobile_bench.records import Connection, Delegate, Measurement, Target, from_dict, to_dict
 from mobile_bench.transports import adb as module
 from mobile_bench.transports import android, transport_for
 
@@ -333,6 +333,12 @@ def test_a_measurement_on_a_device_that_went_away_is_a_record(phone, tiny):
     phone({"A1": "device"}, lambda command: [b"INFO: "] if "--graph" in command else None)
     found = measure(tiny.path("int8"), Target("adb", address="A1"), connection=Connection("A1", tool=str(TOOL)))
     assert (found.status, "went away" in found.reason) == ("failed", True)
+
+
+def test_a_reference_that_nobody_would_look_at_is_refused(tiny):
+    target, tool = Target("adb", "gpu", "A1"), Connection("A1", tool=str(TOOL))
+    with pytest.raises(InputError, match="compares it with no other"):
+        measure(tiny.path("int8"), target, connection=tool, delegate=Delegate(reference=str(tiny.path("float32"))))
 
 
 def test_without_a_tool_or_adbutils_nothing_is_tried(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 
 from mobile_bench.cli import main
 from mobile_bench.compare import compare
-from mobile_bench.errors import InputError, JobFailed, ModelRefused, TransportError
+from mobile_bench.errors import DelegateError, InputError, JobFailed, ModelRefused, TransportError
 from mobile_bench.evaluate import evaluate, evaluate_apart
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
@@ -152,6 +152,13 @@ def wrapper(path, script):
     return str(path)
 
 
+def without_runtime(folder):
+    """A Python that has no runtime, and whose pip is played by links to what is installed here."""
+    real, site = shlex.quote(sys.executable), shlex.quote(str(Path(np.__file__).parents[1]))
+    pip = f'case "$*" in *"-m pip"*) mkdir runtime && ln -s {site}/* runtime/; exit;; esac'
+    return wrapper(folder / "bare", f'{pip}\nexec {real} -S "$@"')
+
+
 # --- what it is for
 
 
@@ -200,6 +207,22 @@ def test_minutes_there_that_are_interrupted_keep_what_was_measured(board, tiny):
     found = sustain(tiny.path("float32"), seconds=60, target=TARGET, connection=board, energy="none", on_progress=stop)
     assert (found.status, len(found.windows), found.energy) == ("interrupted", 1, None)
     assert emptied(board)
+
+
+def test_an_accelerator_there_answers_the_sample_and_what_is_installed_is_said(board, adder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 1, 3), np.uint8)
+    np.savez(tmp_path / "sample.npz", images=images, labels=images.reshape(20, 3).argmax(1).astype(np.int32))
+    target, said = replace(TARGET, accelerator="external"), []
+    answer = lambda connection, *ops, **wanted: evaluate_apart(
+        write_chain(tmp_path / "chain.tflite", *ops, shape=(1, 1, 1, 3)), tmp_path / "sample.npz", InputSpec(1, 1, 3),
+        target, connection=connection, delegate=Delegate(library=str(adder), **wanted), tell=said.append,
+    )  # fmt: skip
+    assert answer(replace(board, python=without_runtime(tmp_path)), "ADD").correct == 20
+    assert len(said) == 1 and "installing ai-edge-litert" in said[0]
+    with pytest.raises(DelegateError, match="leaves 1 of 2 operations to the CPU"):
+        answer(board, "LOGISTIC", "ADD")
+    assert answer(board, "LOGISTIC", "ADD", allow_fallback=True).correct == 20
+    assert len(said) == 1 and emptied(board)
 
 
 def test_a_compiled_file_runs_there_beside_its_plain_twin(board, adder, tmp_path):
@@ -579,12 +602,8 @@ def test_no_runtime_and_no_way_to_install_one(board, tiny, tmp_path, lacking):
 
 
 def test_a_runtime_is_installed_into_the_work_folder(board, tiny, tmp_path):
-    """pip itself is played by links to what is installed here."""
-    real, site = shlex.quote(sys.executable), shlex.quote(str(Path(np.__file__).parents[1]))
-    pip = f'case "$*" in *"-m pip"*) mkdir runtime && ln -s {site}/* runtime/; exit;; esac'
-    bare = wrapper(tmp_path / "bare", f'{pip}\nexec {real} -S "$@"')
     messages = []
-    with over(replace(board, python=bare)) as transport:
+    with over(replace(board, python=without_runtime(tmp_path))) as transport:
         for _ in range(2):
             found = transport.run(
                 "mobile_bench.worker", JOB, files={"tflite": tiny.path("int8")}, on_progress=messages.append
