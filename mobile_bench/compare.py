@@ -21,6 +21,7 @@ from mobile_bench import trust
 from mobile_bench.errors import InputError
 from mobile_bench.files import sha256_of
 from mobile_bench.inputs import InputSpec
+from mobile_bench.interpreter import check_is_tflite
 from mobile_bench.jobs import OnProgress
 from mobile_bench.lock import one_at_a_time
 from mobile_bench.measure import accelerator_job, check_can_run
@@ -75,15 +76,16 @@ def compare(
     tflites: Sequence[str | Path], target: Target = _LOCAL, *, connection: Connection | None = None,
     seconds: float = 20.0, rounds: int = ROUNDS, level: float = LEVEL, batch: int = 1,
     specs: Sequence[InputSpec | None] | None = None, seed: int = 0, delegate: Delegate | None = None,
-    on_progress: OnProgress | None = None, wait_s: float = 3600,
+    references: Sequence[str | Path] | None = None, on_progress: OnProgress | None = None, wait_s: float = 3600,
 ) -> Comparison:  # fmt: skip
     """Time files against the first of them, interleaved, in several processes.
 
     seconds: of wall clock for the whole comparison, process starts included; a slow file may take more, since
-    each round makes at least three turns. level: the chance of a verdict where there is no difference, shared
-    out over the files (Bonferroni), so that it holds for the whole comparison. Raises InputError for what
-    makes no sense to try, ModelRefused where a file cannot run, DelegateError where an accelerator's answers are
-    wrong, JobFailed where a round crashed.
+    each round makes at least three turns. references: for an accelerator, one for each file, whose answers on the
+    CPU count as right: what is compiled for the Edge TPU has none of its own there. level: the chance of a verdict
+    where there is no difference, shared out over the files (Bonferroni), so that it holds for the whole comparison.
+    Raises InputError for what makes no sense to try, ModelRefused where a file cannot run, DelegateError where an
+    accelerator's answers are wrong, JobFailed where a round crashed.
     """
     files = [Path(tflite) for tflite in tflites]
     _check(files, seconds, rounds, level, batch, seed)
@@ -97,9 +99,10 @@ def compare(
     paths = {f"tflite_{index}": file for index, file in enumerate(files)}
     if accelerator_job(job, target, delegate):
         raise InputError(
-            "A comparison takes no reference file: each file is its own", received=delegate.reference,
-            next_step="Check one file after the other with mobile-bench run --reference",
+            "A comparison takes a reference for each file, and not one for all", received=delegate.reference,
+            next_step="Give them as `references`",
         )  # fmt: skip
+    paths |= reference_files(references or (), files, target)
     order, found = secrets.randbits(32), []
     transport = transport_for(target, connection)
     with one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress), transport:
@@ -144,6 +147,26 @@ def verdicts_of(rounds: Sequence, hashes: Sequence[str], level: float = LEVEL) -
             )
         )  # fmt: skip
     return tuple(made)
+
+
+def reference_files(references: Sequence, files: Sequence, target: Target) -> dict[str, Path]:
+    """What a comparison's job gets beside the files that are timed; InputError where that makes no sense."""
+    if not references:
+        return {}
+    shown = ", ".join(map(str, references))
+    if target.accelerator == "cpu" or target.transport == "adb":
+        raise InputError(
+            "Reference files are for an accelerator here or on a board by ssh", received=shown,
+            next_step="Leave --reference out",
+        )  # fmt: skip
+    if len(references) != len(files):
+        raise InputError(
+            "Each file needs a reference of its own", received=f"{len(references)} for {len(files)} files: {shown}",
+            next_step="Give --reference once for each file, in their order",
+        )  # fmt: skip
+    for reference in references:
+        check_is_tflite(reference)
+    return {f"reference_{index}": Path(reference) for index, reference in enumerate(references)}
 
 
 def _check(files: list[Path], seconds: float, rounds: int, level: float, batch: int, seed: int) -> None:

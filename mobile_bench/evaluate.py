@@ -102,11 +102,12 @@ def predictions_only(
 def evaluate_apart(
     tflite: str | Path, sample: str | Path, spec: InputSpec, target: Target = _LOCAL, *,
     connection: Connection | None = None, delegate: Delegate | None = None, workers: int | None = None,
-    progress: Progress | None = None, timeout_s: float | None = None,
+    progress: Progress | None = None, tell: Callable[[str], None] | None = None, timeout_s: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """`evaluate` on a sample .npz in a process of its own, here or on another target, on the target's accelerator.
 
-    delegate: how an accelerator other than the CPU is reached. Raises DelegateError where it is missing, fails or
+    delegate: how an accelerator other than the CPU is reached. tell: gets what takes a while otherwise, such as a
+    runtime that is installed on a board. Raises DelegateError where it is missing, fails or
     leaves operations to the CPU without leave, JobFailed where the file crashes the runtime, TransportError where the
     target cannot be reached.
     """
@@ -114,7 +115,13 @@ def evaluate_apart(
 
     job = {"spec": spec.to_dict(), "workers": workers, "runtime": target.runtime, "threads": target.threads}
     accelerator_job(job, target, delegate)  # its reference is for timing: here the answers themselves are looked at
-    relay = (lambda m: progress(m["done"], m["total"]) if "done" in m else None) if progress else None
+
+    def relay(message: dict) -> None:
+        if progress and "done" in message:
+            progress(message["done"], message["total"])
+        elif tell and message.get("text"):
+            tell(message["text"])
+
     with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder, transport_for(target, connection) as transport:
         out = Path(folder) / "predictions.npy"
         result = transport.run(

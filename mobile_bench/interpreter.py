@@ -121,7 +121,7 @@ def open_model(
     with _quiet() if delegate is None else nullcontext():
         try:
             interpreter = found.interpreter(model_path=str(path), num_threads=threads)
-            before = _answers(interpreter)
+            before = _answers(interpreter, batch)
             forced = _resize(interpreter, batch, size, resize)
             if delegate is not None:
                 from mobile_bench.delegates import apply
@@ -131,19 +131,16 @@ def open_model(
             if forced:
                 interpreter.invoke()  # some operations find only now that sizes do not fit
         except (ValueError, RuntimeError, MemoryError) as error:
-            if forced:
+            if forced and "unresolved custom op" not in str(error).lower():
+                many = f" in a batch of {batch}, which may be what it cannot do" if batch > 1 else ""
                 raise ModelRefused(
                     "The file fixes its input size, and cannot be run with another one",
-                    received=f"{size[0]}x{size[1]} ({' '.join(str(error).split())[:200]})",
+                    received=f"{size[0]}x{size[1]}{many} ({' '.join(str(error).split())[:200]})",
                     next_step="Export it with an open height and width, or once for each size",
                 ) from error  # fmt: skip
             raise refusal_of(error, Path(path)) from error
-    if forced and _answers(interpreter) != before:
-        raise ModelRefused(
-            "The file's answer has another form with another input size",
-            received=f"{_answers(interpreter)} at {size[0]}x{size[1]}", allowed=before,
-            next_step="Export it once for each size",
-        )  # fmt: skip
+    if forced:
+        _check_answers(before, interpreter, size)
     return Model(found, interpreter, *placement)
 
 
@@ -217,10 +214,30 @@ def _tensor(details: dict) -> Tensor:
     return Tensor(str(details["name"]), shape, np.dtype(details["dtype"]).name, scale, zero)
 
 
-def _answers(interpreter) -> list[tuple[int, ...]]:
-    """The shapes of the rows of scores that the file gives, without the batch: no picture's size changes them."""
+def _answers(interpreter, batch: int) -> list[tuple[int, ...]]:
+    """The shapes that the outputs should have for `batch` images, from what the file says of itself."""
+    images = max(1, int((*interpreter.get_input_details()[0]["shape"], 1)[0]))
     shapes = [[int(n) for n in details["shape"]] for details in interpreter.get_output_details()]
-    return [tuple(shape[1:]) for shape in shapes if len(shape) == 2]
+    return [(batch * shape[0] // images, *shape[1:]) if shape else () for shape in shapes]
+
+
+def _check_answers(before: list[tuple[int, ...]], interpreter, size: tuple[int, int]) -> None:
+    """ModelRefused where another input size made another answer: more rows, say, by a reshape to (-1, classes).
+
+    Rows of scores, also as a picture of one pixel, have nothing to do with the size; maps grow with it, but not to
+    nothing.
+    """
+    for expected, details in zip(before, interpreter.get_output_details()):
+        shape = tuple(int(n) for n in details["shape"])
+        if not expected:  # the file does not say
+            continue
+        scores = len(expected) < 3 or set(expected[1:-1]) == {1}
+        if (scores and shape != expected) or len(shape) != len(expected) or shape[:1] != expected[:1] or 0 in shape:
+            raise ModelRefused(
+                "The file's answer has another form with another input size",
+                received=f"{shape} at {size[0]}x{size[1]}", allowed=expected,
+                next_step="Export it once for each size",
+            )  # fmt: skip
 
 
 def _resize(interpreter, batch: int, size: tuple[int, int] | None, resize: bool) -> bool:

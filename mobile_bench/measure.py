@@ -96,6 +96,11 @@ def measure(
         "spec": spec.to_dict() if spec else None,
     }  # fmt: skip
     reference = accelerator_job(job, target, delegate)
+    if reference and target.transport == "adb":
+        raise InputError(
+            "A phone's tool times a file and compares it with no other", received=f"--reference {reference}",
+            next_step="Leave it out, and see what the phone answers with: mobile-bench evaluate",
+        )  # fmt: skip
     files = {"tflite": Path(tflite)} | ({"reference": reference} if reference else {})
     transport = transport_for(target, connection)
     found: list[dict] = []

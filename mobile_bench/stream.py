@@ -34,6 +34,8 @@ from mobile_bench.transports import transport_for
 STAGES = ("decode", "resize", "normalize", "inference", "postprocess")
 DATA_STAGES = 3
 MOST_FRAMES = 200_000
+#: What is sent to a board at most; of images the first of them, see frames.MOST_IMAGE_BYTES.
+MOST_VIDEO_BYTES = 1 << 30
 #: Before a source that lies on the board itself.
 BOARD = "board:"
 #: What an interrupted stream may take to finish the frames under way.
@@ -143,11 +145,11 @@ def stream(
     """Run a file on the frames of `source` for `seconds`, in a fresh process on the target.
 
     source: a folder or .zip of images, an image or a video file here, or camera:0. On a board, images and videos of
-    here are sent there; 'board:SOURCE' is one that is there, and so are cameras. queue: frames that may wait;
-    drop=False lets all of them wait. deadline_ms: 1000 / fps where it is None. pipelined: a second thread decodes,
-    resizes and normalizes. A KeyboardInterrupt gives the frames until then, if there are any. Raises InputError,
-    DataError (an image, video or camera that cannot be read), ModelRefused, TransportError, or JobFailed where the
-    runtime crashes.
+    here are sent there; 'board:SOURCE' is one that is there (from the home folder on), and so are cameras. queue:
+    frames that may wait; drop=False lets all of them wait. deadline_ms: 1000 / fps where it is None. pipelined: a
+    second thread decodes, resizes and normalizes. A KeyboardInterrupt gives the frames until then, if there are any.
+    Raises InputError, DataError (an image, video or camera that cannot be read), ModelRefused, TransportError, or
+    JobFailed where the runtime crashes.
     """
     deadline_ms = 1000 / fps if deadline_ms is None and fps else deadline_ms
     for name, value, most in (("fps", fps, 10_000), ("seconds", seconds, 86_400), ("deadline_ms", deadline_ms, 1e9)):
@@ -175,7 +177,7 @@ def stream(
         "queue": queue if drop else None, "pipelined": pipelined,
     }  # fmt: skip
     job = {**asked, "source": source.removeprefix(BOARD), "threads": target.threads, "runtime": target.runtime}
-    job |= {"spec": spec.to_dict(), "requires": _requires(job["source"], kind)}
+    job |= {"spec": spec.to_dict(), "requires": _requires(job["source"], kind), "from_home": there}
     transport = transport_for(target, connection)
     with (
         one_at_a_time(transport.place, wait_s=wait_s, on_progress=on_progress),
@@ -210,16 +212,27 @@ def _sent(source: str, kind: str, fps: float, seconds: float, on_progress: OnPro
     if not kind:
         yield {}
     elif kind == "video":
+        size = Path(source).stat().st_size
+        if size > MOST_VIDEO_BYTES:
+            raise InputError(
+                "The video is too large to be sent to a board", received=f"{source}, {size / 1e6:,.0f} MB",
+                allowed=f"up to {MOST_VIDEO_BYTES / 1e6:,.0f} MB",
+                next_step=f"Cut it, or copy it there and name it with --source {BOARD}PATH",
+            )  # fmt: skip
+        _say_sent(source, size, on_progress)
         yield {"source": Path(source)}
     else:
         with tempfile.TemporaryDirectory(prefix="mobile-bench-") as folder:
             packed = Path(folder) / f"frames{frames.PACKED}"
             images = frames.Images(source, max(1, math.ceil(fps * seconds)))
             images.pack(packed)
-            if on_progress:
-                size = packed.stat().st_size / 1e6
-                on_progress({"kind": "log", "text": f"sending {images.about}, {size:.1f} MB"})
+            _say_sent(images.about, packed.stat().st_size, on_progress)
             yield {"source": packed}
+
+
+def _say_sent(what: str, size_bytes: int, on_progress: OnProgress | None) -> None:
+    if on_progress:
+        on_progress({"kind": "log", "text": f"sending {what}, {size_bytes / 1e6:.1f} MB"})
 
 
 def summarize_stream(found: Stream) -> StreamSummary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import queue as queues
 import signal
 import threading
@@ -252,12 +253,16 @@ def _child(job: dict, emit: Callable[..., None]) -> dict:
 
 def _arrivals(job: dict) -> _Paced | _Live:
     """The frames of a job as they arrive."""
-    fps, seconds, queue, kind = job["fps"], job["seconds"], job["queue"], frames.kind_of(job["source"])
+    fps, seconds, queue, source = job["fps"], job["seconds"], job["queue"], job["source"]
+    if job.get("from_home") and not source.startswith("camera:"):
+        # Nobody means the work folder of this process; ssh and scp begin in the home folder, too.
+        source = os.path.join(os.path.expanduser("~"), os.path.expanduser(source))
+    kind = frames.kind_of(source)
     if kind == "camera":
-        return _Live(frames.Camera(job["source"], fps, queue), seconds)
+        return _Live(frames.Camera(source, fps, queue), seconds)
     if kind == "video":
-        return _Paced(frames.Video(job["source"]), fps, seconds, queue)
-    return _Paced(frames.Images(job["source"], max(1, math.ceil(fps * seconds))), fps, seconds, queue)
+        return _Paced(frames.Video(source), fps, seconds, queue)
+    return _Paced(frames.Images(source, max(1, math.ceil(fps * seconds))), fps, seconds, queue)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mobile_bench.commands.shared import (
     Json,
     Library,
     OneTarget,
+    References,
     Runtime,
     Spec,
     Threads,
@@ -28,6 +29,7 @@ from mobile_bench.commands.shared import (
     places_for,
     print_json,
     say,
+    say_dim,
     table,
     warn_of_fit,
 )
@@ -58,6 +60,7 @@ def compare(
     library: Library = "",
     delegate_option: DelegateOption = None,
     allow_fallback: Fallback = False,
+    reference: References = None,
     batch: Batch = 1,
     seed: Seed = 0,
     out: Annotated[
@@ -74,8 +77,13 @@ def compare(
         mobile-bench compare float32.tflite int8.tflite
         mobile-bench compare float32.tflite int8.tflite --target ssh://pi@raspberry.local
 
-    Exit code 0 whatever the verdict; 1: the device cannot be reached; 2: a file or an option cannot be used, or a
-    process crashed.
+    Two files for the Edge TPU, each with the one that it was compiled from:
+
+        mobile-bench compare a_edgetpu.tflite b_edgetpu.tflite --accelerator edgetpu --reference a.tflite
+        --reference b.tflite
+
+    Exit code 0 whatever the verdict; 1: a process crashed, or the device cannot be reached; 2: a file or an option
+    cannot be used; 130: interrupted.
     """
     from mobile_bench.files import check_writable, write_json
     from mobile_bench.records import SCHEMA_VERSION
@@ -83,7 +91,7 @@ def compare(
     check_writable(out)
     (place,) = places_for([target], inventory, threads, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback)
-    found = _compare(files, place, seconds, rounds, level, batch, seed, delegate)
+    found = _compare(files, place, seconds, rounds, level, batch, seed, delegate, reference)
     if out:
         write_json(out, {"schema_version": SCHEMA_VERSION, "files": [str(file) for file in files], **asdict(found)})
         say(f"written to {out}")
@@ -113,6 +121,11 @@ def gate(
     runtime: Runtime = None,
     target: OneTarget = "local",
     inventory: Inventory = None,
+    accelerator: Accelerator = None,
+    library: Library = "",
+    delegate_option: DelegateOption = None,
+    allow_fallback: Fallback = False,
+    reference: References = None,
     batch: Batch = 1,
     seed: Seed = 0,
     as_json: Json = False,
@@ -124,28 +137,36 @@ def gate(
     Without --sample accuracy is not judged at all. To exclude a drop of half a point takes about 600 images where
     both files are right on the same ones, and 1,300 where they differ on one in a hundred.
 
+    With --accelerator both files are timed and answer on it. --reference comes twice then, for the new file and for
+    the one in use.
+
     Exit code 0: ACCEPT; 1: REGRESSION; 2: a file or an option cannot be used; 3: ANOMALOUS, it cannot be told
     (too noisy, too few images, a file crashed, or the device went away); 130: interrupted.
     """
     from mobile_bench import gate as gates
+    from mobile_bench.compare import reference_files
     from mobile_bench.errors import JobFailed, TransportError
     from mobile_bench.evaluate import read_sample
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.records import SCHEMA_VERSION
 
-    (place,) = places_for([target], inventory, threads, runtime)
+    (place,) = places_for([target], inventory, threads, runtime, accelerator)
+    delegate = delegate_of(library, delegate_option, allow_fallback)
     limits = gates.Limits(max_slower / 100, max_larger / 100, max_drop)
     for path in (file, against):
         check_is_tflite(path)
+    reference_files(reference or (), (file, against), place.target)
     if sample:
         read_sample(sample)
     elif input_spec.strip():
         raise InputError("--input-spec is for accuracy", received=input_spec, next_step="Add --sample sample.npz")
     checks = [gates.judge_size(file.stat().st_size, against.stat().st_size, limits.larger)]
     if sample:
-        checks.append(_accuracy(file, against, sample, input_spec, place, limits.points))
+        checks.append(_accuracy(file, against, sample, input_spec, place, limits.points, delegate))
     try:
-        found = _compare([against, file], place, seconds, 12, 0.02, batch, seed)
+        # The options name the new file first; it is set against the one in use.
+        references = reference and reference[::-1]
+        found = _compare([against, file], place, seconds, 12, 0.02, batch, seed, delegate, references)
         checks.append(gates.judge_latency(found.verdicts[0], limits.slower))
     except (JobFailed, TransportError) as failure:
         found = None
@@ -165,7 +186,9 @@ def gate(
     raise typer.Exit(gates.EXIT_CODES[verdict])
 
 
-def _compare(files, place: Place, seconds: float, rounds: int, level: float, batch: int, seed: int, delegate=None):
+def _compare(
+    files, place: Place, seconds: float, rounds: int, level: float, batch: int, seed: int, delegate, references
+):
     from mobile_bench.compare import compare as compare_files
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.metadata import recorded_spec
@@ -178,15 +201,16 @@ def _compare(files, place: Place, seconds: float, rounds: int, level: float, bat
             if message.get("stage") == "round":
                 progress(message["done"], message["total"])
             elif message.get("text"):
-                say(message["text"], style="dim")
+                say_dim(message["text"])
 
         return compare_files(
             files, place.target, connection=place.connection, seconds=seconds, rounds=rounds, level=level, batch=batch,
-             seed=seed, specs=[recorded_spec(file) for file in files], delegate=delegate, on_progress=relay,
+            seed=seed, specs=[recorded_spec(file) for file in files], delegate=delegate, references=references,
+            on_progress=relay,
         )  # fmt: skip
 
 
-def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, place: Place, points: float):
+def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, place: Place, points: float, delegate):
     from mobile_bench import gate as gates
     from mobile_bench.errors import JobFailed, TransportError
     from mobile_bench.evaluate import evaluate_apart, read_sample
@@ -199,7 +223,10 @@ def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, place: P
         warn_of_fit(path, spec, images.shape[1:])
         try:
             with bar(f"evaluating {path.name}") as progress:
-                found = evaluate_apart(path, sample, spec, place.target, connection=place.connection, progress=progress)
+                found = evaluate_apart(
+                    path, sample, spec, place.target, connection=place.connection, delegate=delegate,
+                    progress=progress, tell=say_dim,
+                )  # fmt: skip
         except (JobFailed, TransportError) as failure:
             return gates.Check("accuracy", gates.ANOMALOUS, str(failure))
         answers.append(found.predictions)

@@ -25,6 +25,7 @@ from mobile_bench.commands.shared import (
     places_for,
     print_json,
     say,
+    say_dim,
     table,
     warn_of_fit,
 )
@@ -73,6 +74,7 @@ def evaluate(
     Exit code 0: evaluated; 1: the device cannot be reached, or the file crashed the runtime; 2: the file, the sample
     or an option cannot be used; 130: interrupted.
     """
+    from mobile_bench.errors import Problem
     from mobile_bench.evaluate import evaluate_apart, read_sample
     from mobile_bench.files import sha256_of
     from mobile_bench.interpreter import check_is_tflite
@@ -82,21 +84,25 @@ def evaluate(
 
     (place,) = places_for([target], inventory, None, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback, reference)
-    check_is_tflite(file)
+    for path in (file, *([reference] if reference else [])):
+        check_is_tflite(path)
     images, _ = read_sample(sample)
     spec = find_spec(file, input_spec, shape=images.shape[1:])
     warn_of_fit(file, spec, images.shape[1:])
     with bar(f"evaluating {file.name}") as progress:
         found = evaluate_apart(
             file, sample, spec, place.target, connection=place.connection, delegate=delegate, workers=workers,
-            progress=progress,
+            progress=progress, tell=say_dim,
         )  # fmt: skip
-    same = None
+    same, here = None, None
     # What is compiled for the Edge TPU runs nowhere else: only the file that it was made of can be compared.
     if reference or (place.target.accelerator != "edgetpu" and (place.connection or place.target.accelerator != "cpu")):
-        with bar("evaluating here, on the CPU") as progress:
-            here = evaluate_apart(reference or file, sample, spec, progress=progress)
-        same = int((here.predictions == found.predictions).sum())
+        try:
+            with bar("evaluating here, on the CPU") as progress:
+                here = evaluate_apart(reference or file, sample, spec, progress=progress)
+            same = int((here.predictions == found.predictions).sum())
+        except Problem as problem:  # what was measured is still worth showing
+            say(f"warning: nothing to set beside it: this machine's CPU cannot answer. {problem}", style="yellow")
     low, high = wilson_interval(found.correct, found.images)
     if as_json:
         facts = {name: getattr(found, name) for name in ("top1", "images", "correct", "runtime", "workers", "seconds")}

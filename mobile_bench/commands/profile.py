@@ -43,14 +43,14 @@ def profile(
     """Show where the time of an inference goes: by operation, by type of operation or by layer.
 
     It needs nothing but ai-edge-litert 2.3 or later, on the CPU; by adb benchmark_model's own profile is read. The
-    profiler costs time itself:
-    use the shares, and `mobile-bench run` for how fast the file is.
+    profiler costs time itself: use the shares, and `mobile-bench run` for how fast the file is.
 
     Which layers are worth making smaller?
 
         mobile-bench profile model.tflite --by layer
 
-    Exit code 0: profiled; 2: the file, an option or the runtime cannot be used, or the runtime crashed.
+    Exit code 0: profiled; 1: the runtime crashed, or the device cannot be reached; 2: the file, an option or the
+    runtime cannot be used; 130: interrupted.
     """
     from mobile_bench import records
     from mobile_bench.inputs import InputSpec, override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
@@ -16,6 +17,9 @@ from mobile_bench.errors import InputError, Problem
 
 #: Fresh processes that time each file: a share of a roof needs no narrower interval.
 _ROUNDS = 3
+#: Columns from which on the table of operations has room for all of its own.
+_ROOMY = 100
+_SHORTEST, _LAYER_END = 16, 6
 
 
 def roofline(
@@ -197,16 +201,8 @@ def _show(peak, rows, measurements, names, operations, top) -> None:
     if not operations:
         return
     shown = operations[:top] if top else operations
-    table = Table(title=f"Operations, the dearest {len(shown)} of {len(operations)}", title_justify="left")
-    table.add_column("Operation", overflow="fold")
-    for column in ("Average", "GFLOP/s", "Of roof", "Lost"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("Bound by")
-    for row in shown:
-        name = f"{row.layer}: {row.name}" if row.layer else row.name
-        average, speed, _, _, share, bound = _cells(row)
-        lost = "" if row.lost_ms is None else _short(row.lost_ms)
-        table.add_row(escape(name), average, speed, share, lost, bound)
+    table = _operations_table(shown, console.width)
+    table.title = f"Operations, the dearest {len(shown)} of {len(operations)}"
     unknown = sum(row.time_ms for row in operations if row.lost_ms is None)
     lost = sum(row.lost_ms or 0 for row in operations)
     total = sum(row.time_ms for row in operations)
@@ -215,8 +211,47 @@ def _show(peak, rows, measurements, names, operations, top) -> None:
         "without figures. Above 100%: the step's tensors were nearer than the roof's, or the profiler's clock of whole "
         "microseconds was too coarse"
     )
+    for note in dict.fromkeys(row.note for row in shown if row.share is None):
+        table.caption += f". Unknown: {note}"
     table.caption_justify = "left"
     console.print(table)
+
+
+def _operations_table(shown, width: int) -> Table:
+    """One line an operation: in a narrow window the speed and the kind of numbers give way, and longer names are
+    cut."""
+    heads, lines = ("Average", "GFLOP/s", "Of roof", "Lost", "Bound by"), []
+    for row in shown:
+        average, speed, _, _, share, bound = _cells(row)
+        lost = "" if row.lost_ms is None else _short(row.lost_ms)
+        lines.append((average, speed, share, lost, "unknown" if row.share is None else bound))
+    if width < _ROOMY:
+        heads = (heads[0], *heads[2:])
+        lines = [(average, share, lost, bound.partition(",")[0]) for average, _, share, lost, bound in lines]
+    taken = sum(max(map(len, column)) for column in zip(heads, *lines))
+    room = width - taken - 3 * (len(heads) + 1) - 1  # a line and a space on either side of each column
+    made = Table(title_justify="left")
+    made.add_column("Operation", no_wrap=True, min_width=_SHORTEST)
+    for head in heads:
+        made.add_column(head, justify="left" if head == "Bound by" else "right", no_wrap=True)
+    for row, line in zip(shown, lines):
+        made.add_row(escape(fitted(row.layer, row.name, max(room, _SHORTEST))), *line)
+    return made
+
+
+def fitted(layer: str, operation: str, room: int) -> str:
+    """'layer: operation' in as many characters. The layer tells the lines apart, so the kernel's name is cut first:
+    'Fully Connected (NC, QU8) GEMM' to 'Fully Connected GEMM' to 'GEMM'; then the layer loses its start."""
+    brief = re.sub(r" *\([^)]*\)", "", operation)
+    texts = (operation, brief, *([brief.split()[-1]] if layer and brief else []))
+    for text in texts:
+        whole = f"{layer}: {text}" if layer else text
+        if len(whole) <= room:
+            return whole
+    left = room - len(texts[-1]) - len("…: ")
+    if layer and left >= _LAYER_END:
+        return f"…{layer[-left:]}: {texts[-1]}"
+    return f"{whole[: room - 1]}…"
 
 
 def _table(title: str, first: str, time: str) -> Table:

@@ -71,6 +71,16 @@ Reference = Annotated[
 ]
 
 
+References = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(
+        "--reference", show_default=False,
+        help="With an accelerator, a .tflite whose answers on the CPU count as right; once for each file, in their "
+        "order [default: the files themselves]",
+    ),
+]  # fmt: skip
+
+
 def delegate_of(
     library: str, options: list[str] | None, allow_fallback: bool, reference: Path | None = None
 ) -> Delegate:
@@ -163,6 +173,10 @@ def say_stage(message: dict, prefix: str = "") -> None:
     text = message.get("text") or texts.get(message.get("stage", ""), "").format(**message, median=median)
     if text:
         say(prefix + text, style="dim")
+
+
+def say_dim(text: str) -> None:
+    say(text, style="dim")
 
 
 def say(text: str, style: str = "") -> None:

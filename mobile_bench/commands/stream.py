@@ -84,9 +84,11 @@ def stream(
 
         mobile-bench stream model.tflite --source camera:0 --seconds 60 --out frames.json
 
-    On a board: images and videos of here are sent there, board:SOURCE is there, and so is a camera:
+    On a board: images and videos of here are sent there (up to 512 MiB and 1 GiB), board:SOURCE is there, its path
+    counted from the home folder, and so is a camera:
 
         mobile-bench stream model.tflite --source camera:0 --target ssh://pi@raspberry.local
+        mobile-bench stream model.tflite --source board:Pictures/ --target ssh://pi@raspberry.local
 
     Ctrl-C (or SIGTERM) keeps, shows and writes what came until then.
 

@@ -154,11 +154,12 @@ def sustain_there(task: Task) -> dict:
     while (begun := time.monotonic()) - start < job["seconds"]:
         sample = task.sample(0, 1, min_secs=window_s, max_secs=window_s)
         count += 1
-        state, _ = android.read(said := task.session.said())
+        state, now = android.read(said := task.session.said())
+        heat_c = now.get("battery_temperature_c") if state.temperature_c is None else state.temperature_c
         window = Window(
             begun - start, max(1e-9, sample.avg_ms * sample.runs / 1000), sample.runs,
             sample.avg_ms if sample.median_ms is None else sample.median_ms, None, sample.max_ms,
-            temperature_c=state.temperature_c, frequency_mhz=state.frequency_mhz,
+            temperature_c=heat_c, frequency_mhz=state.frequency_mhz,
         )  # fmt: skip
         tell({
             "kind": "progress", "window": asdict(window), "reading": gauge.read(said),
@@ -168,6 +169,8 @@ def sustain_there(task: Task) -> dict:
     warnings = trust.warnings_of(facts, load_average, job["threads"], during, True, WARMUP_RUNS)
     if gauge.source:
         warnings.append(f"the energy holds loading and warming up {count} times, once a window of {window_s:g} s")
+    if state.temperature_c is None and heat_c is not None:
+        warnings.append("the temperature is the battery's: this phone does not tell its processor's")
     return {"device": {"during": during}, "warnings": warnings + gauge.warnings}
 
 

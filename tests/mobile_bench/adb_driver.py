@@ -134,12 +134,18 @@ def drain(message):
         (WORK / "battery").write_text(BATTERY.format(charge=drain.charge, status=3))
 
 
-def minutes(status=3, energy="auto"):
+def stop(message):
+    """Ctrl-C after the first window."""
+    if message.get("window"):
+        raise KeyboardInterrupt
+
+
+def minutes(status=3, energy="auto", seconds=1.5, tell=drain):
     drain.charge = 2_500_000
     (WORK / "battery").write_text(BATTERY.format(charge=drain.charge, status=status))
     found = sustain(
-        MODELS / "int8.tflite", seconds=1.5, target=Target("adb", address=SERIAL), connection=connection(),
-        energy=energy, idle_s=0.1, on_progress=drain if status == 3 else None,
+        MODELS / "int8.tflite", seconds=seconds, target=Target("adb", address=SERIAL), connection=connection(),
+        energy=energy, idle_s=0.1, on_progress=tell if status == 3 else None,
     )  # fmt: skip
     return {**asdict(found), "gross_j": found.energy and found.energy.gross_j}
 
@@ -213,6 +219,7 @@ TOGETHER = {
 ALONE = {
     "good": measure,
     "minutes": minutes,
+    "minutes, interrupted": lambda: minutes(seconds=600, tell=stop),
     "minutes on mains": lambda: minutes(status=2),
     "minutes on mains, by its battery": lambda: minutes(status=2, energy="battery"),
     "crash": lambda: measure("crash"),

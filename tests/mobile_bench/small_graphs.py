@@ -12,7 +12,8 @@ def write_chain(path: Path, *operations: str, shape=(1, 8)) -> Path:
 
     ADD adds a value to itself; CUMSUM and REVERSED sum along the last axis, from the left and from the right;
     CUT takes the second slice of the second axis and drops that axis; EDGETPU is what the Edge TPU's compiler makes
-    of operations; INT64, the last, casts to int64; all others take one input.
+    of operations; ROWS makes rows of whatever comes, each as long as one image of `shape`; INT64, the last, casts to
+    int64; all others take one input.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -53,6 +54,10 @@ def write_chain(path: Path, *operations: str, shape=(1, 8)) -> Path:
             begin, end = [0, 1, *(0 for _ in shape[2:])], [shape[0], 2, *shape[2:]]
             inputs += [constant("begin", begin), constant("end", end), constant("strides", [1 for _ in shape])]
             shape = (shape[0], *shape[2:])
+        elif name == "ROWS":
+            kind = "RESHAPE"
+            inputs.append(constant("rows", [-1, int(np.prod(shape[1:]))]))
+            shape = (shape[0], int(np.prod(shape[1:])))
         elif name == "INT64":
             kind = "CAST"
         value = tensor(f"{name.lower()}_{number}", shape)

@@ -24,7 +24,7 @@ from mobile_bench.evaluate import predictions_only
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
 from mobile_bench.profile import profile
-from mobile_bench.records import Connection, Measurement, Target, from_dict, to_dict
+from mobile_bench.records import Connection, Delegate, Measurement, Target, from_dict, to_dict
 from mobile_bench.transports import adb as module
 from mobile_bench.transports import android, transport_for
 
@@ -142,10 +142,35 @@ def test_minutes_on_a_phone_with_what_its_battery_gave(real):
     # 2 mAh at 3.85 V a window, but for the last one, whose fall comes after its reading.
     assert value["gross_j"] == pytest.approx(27.72 * (len(windows) - 1)) and energy["inferences"] == len(windows)
     assert any("loading and warming up" in warning for warning in value["warnings"])
+    if not list(Path("/sys/class/thermal").glob("thermal_zone*")):
+        assert windows[0]["temperature_c"] == 31.2 and any("battery's" in warning for warning in value["warnings"])
+    stopped = real.cases["minutes, interrupted"]["value"]
+    assert (stopped["status"], len(stopped["windows"])) == ("interrupted", 1)
     mains = real.cases["minutes on mains"]["value"]
     assert mains["energy"] is None and any("not discharging" in warning for warning in mains["warnings"])
     refused = real.cases["minutes on mains, by its battery"]
     assert refused["error"] == "InputError" and "adb tcpip" in refused["text"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "name", "values", "why"),
+    [
+        ("voltage=3850|status=3|Charge counter=2500000", "Android's charge counter", (34_650.0,), ""),
+        ("voltage=3850|status=3", "Android's battery current", (1.925,), ""),
+        ("voltage=3850|status=3|Charge counter=0", "Android's battery current", (1.925,), ""),
+        ("voltage=3850|status=2|Charge counter=2500000", None, (), "not discharging"),
+        ("voltage=3850|Charge counter=2500000", None, (), "not discharging"),
+        ("status=3|Charge counter=2500000", None, (), "voltage"),
+        ("voltage=unknown|status=3|Charge counter=2500000", None, (), "voltage"),
+    ],
+)
+def test_what_a_battery_tells(lines, name, values, why):
+    """2500 mAh at 3.85 V are 34,650 J; half an ampere is 1.925 W."""
+    said = "".join(f"battery {line}\n" for line in lines.split("|")) + "current=-500000\n"
+    facts, found, reason = android.battery(said)
+    assert (facts.get("name"), found) == (name, pytest.approx(values)) and why in reason and bool(why) == bool(reason)
+    silent = android.battery("battery voltage=3850\nbattery status=3\n")
+    assert silent[:2] == ({}, ()) and "neither its charge counter nor" in silent[2]
 
 
 def test_files_take_turns_there(real):
@@ -333,6 +358,12 @@ def test_a_measurement_on_a_device_that_went_away_is_a_record(phone, tiny):
     phone({"A1": "device"}, lambda command: [b"INFO: "] if "--graph" in command else None)
     found = measure(tiny.path("int8"), Target("adb", address="A1"), connection=Connection("A1", tool=str(TOOL)))
     assert (found.status, "went away" in found.reason) == ("failed", True)
+
+
+def test_a_reference_that_nobody_would_look_at_is_refused(tiny):
+    target, tool = Target("adb", "gpu", "A1"), Connection("A1", tool=str(TOOL))
+    with pytest.raises(InputError, match="compares it with no other"):
+        measure(tiny.path("int8"), target, connection=tool, delegate=Delegate(reference=str(tiny.path("float32"))))
 
 
 def test_without_a_tool_or_adbutils_nothing_is_tried(monkeypatch, tmp_path):

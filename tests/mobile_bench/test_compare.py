@@ -15,6 +15,8 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.records import Target
 from mobile_bench.stats import ratio_interval, student_quantile
 
+from .small_graphs import write_chain
+
 SPEC = InputSpec(12, 12, 3)
 
 
@@ -242,6 +244,38 @@ def test_the_gate_by_exit_code(bench, here, tiny, tmp_path):
     assert code == 3 and "ANOMALOUS" in out
     code, _, said = here(compare, "gate", tiny.path("truncated"), "--against", old)
     assert code == 2 and "truncated" in said
+
+
+def test_a_runtime_that_is_installed_there_is_said(here, tiny):
+    def installing(*args, on_progress, **options):
+        on_progress({"kind": "log", "text": "the board has no TFLite runtime: installing one"})
+        return found_in(rounds_of(1.0, 0.001))()
+
+    code, _, said = here(installing, "compare", tiny.path("float32"), tiny.path("int8"))
+    assert code == 0 and "installing one" in said
+
+
+def test_the_gate_on_an_accelerator(here, adder, tmp_path):
+    """What is compiled for the Edge TPU can be judged only beside the file that it was compiled from."""
+    images = np.random.default_rng(0).integers(0, 256, (400, 1, 1, 3), np.uint8)
+    labels = images.reshape(400, 3).argmax(1).astype(np.int32)
+    np.savez(tmp_path / "sample.npz", images=images, labels=labels)
+    make = lambda name, *ops: write_chain(tmp_path / f"{name}.tflite", *ops, shape=(1, 1, 1, 3))
+    plain, other, new, old = make("plain", "ADD"), make("other", "EXP"), make("new", "EDGETPU"), make("old", "EDGETPU")
+    quick = lambda *files, **options: compare(*files, **{**options, "rounds": 6, "seconds": 1})
+    asked = ("gate", new, "--against", old, "--accelerator", "edgetpu", "--delegate", adder, "--max-slower", 900)
+    asked = (*asked, "--delegate-option", "early=1", "--max-drop", 1, "--input-spec", "scaling=unit", "--json")
+    judge = lambda *more: here(quick, *asked, "--sample", tmp_path / "sample.npz", *more)
+    code, out, _ = judge("--reference", plain, "--reference", plain)
+    assert code == 0 and {c["verdict"] for c in json.loads(out)["checks"]} == {"ACCEPT"}
+    code, _, said = judge()
+    assert code == 2 and "--reference" in said
+    code, _, said = judge("--reference", other, "--reference", plain)
+    assert code == 2 and "differs from the CPU" in said
+    code, _, said = judge("--reference", plain)
+    assert code == 2 and "1 for 2 files" in said and "evaluating" not in said
+    code, _, said = here(quick, "gate", plain, "--against", plain, "--reference", plain, "--reference", plain)
+    assert code == 2 and "for an accelerator" in said
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Accuracy by the file itself."""
 
+import json
+
 import numpy as np
 import pytest
 
+from mobile_bench.cli import app
+from mobile_bench.cli_support import exit_code_of
 from mobile_bench.errors import DataError, DelegateError, InputError, JobFailed, ModelRefused
 from mobile_bench.evaluate import (
     choose_workers,
@@ -216,3 +220,25 @@ def test_an_accelerator_answers_the_sample_unless_it_leaves_some_to_the_cpu(adde
         answer("ADD", library="/not-there.so")
     with pytest.raises(InputError, match="for another processor"):
         evaluate_apart(tmp_path / "chain.tflite", tmp_path / "sample.npz", spec, delegate=Delegate(library=str(adder)))
+
+
+def test_the_command_sets_an_accelerator_beside_the_cpu_where_that_can_answer(adder, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 1, 3), np.uint8)
+    np.savez(tmp_path / "sample.npz", images=images, labels=images.reshape(20, 3).argmax(1).astype(np.int32))
+
+    def run(op, *more):
+        file = write_chain(tmp_path / "chain.tflite", op, shape=(1, 1, 1, 3))
+        command = ["evaluate", file, "--sample", tmp_path / "sample.npz", "--input-spec", "scaling=unit", "--json"]
+        command += ["--accelerator", "external", "--delegate", adder, *more]
+        code = exit_code_of(lambda **_: app([str(word) for word in command], standalone_mode=False))
+        said = capsys.readouterr()
+        return code, json.loads(said.out) if said.out else None, said.err
+
+    code, found, _ = run("ADD")
+    assert (code, found["correct"], found["same_as_here"]) == (0, 20, 20)
+    code, _, said = run("EXP")
+    assert code == 2 and "none of the file's operations" in said
+    code, found, said = run("EDGETPU", "--delegate-option", "early=1")
+    assert (code, found["correct"], found["same_as_here"]) == (0, 20, None) and "edgetpu-custom-op" in said
+    code, found, said = run("ADD", "--reference", tmp_path / "none.tflite")
+    assert (code, found) == (2, None) and "none.tflite" in said

@@ -1,5 +1,6 @@
 """Roofs that are measured, work that is counted, and where a file stands below them."""
 
+import io
 import json
 import math
 import xml.etree.ElementTree as ET
@@ -7,14 +8,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from mobile_bench.commands.roofline import _operations_table, fitted
 from mobile_bench.device import usable_cores
 from mobile_bench.errors import InputError
 from mobile_bench.flatbuffer import read_model
 from mobile_bench.interpreter import open_model
 from mobile_bench.profile import OpTime
 from mobile_bench.records import Target
-from mobile_bench.roofline import Peak, Work, _cache_bytes, attained, by_operation, measure_peak, work_of, work_of_file
+from mobile_bench.roofline import (
+    Attained,
+    Peak,
+    Work,
+    _cache_bytes,
+    attained,
+    by_operation,
+    measure_peak,
+    work_of,
+    work_of_file,
+)
 from mobile_bench.roofline_picture import picture
 from mobile_bench.tiny_file import one_layer
 
@@ -191,6 +204,26 @@ def test_the_command_shows_files_operations_and_a_picture(run_python, tiny, tmp_
     assert found["peak"]["gflops"] > 0 and len(found["ops"]) > 2
     assert [op["time_ms"] for op in found["ops"]] == sorted((op["time_ms"] for op in found["ops"]), reverse=True)
     ET.parse(drawn)
+
+
+@pytest.mark.parametrize(("columns", "speed"), [(80, False), (120, True)])
+def test_an_operation_is_one_line_of_a_terminal(columns, speed):
+    names = ["Fully Connected (NC, QU8) GEMM", "Convolution (NHWC, QU8) DWConv", "Softmax (NC, QU8)"]
+    rows = [
+        Attained(name, 0.2773, "int8", 139.0, 50.0, 1000.0, 0.039, 0.14, "compute", layer=f"expanded_conv_{n}/expand")
+        for n, name in enumerate(names)
+    ]
+    rows.append(Attained("A_MADE_UP_OPERATION", 1.5, note="the file does not say what it computes, which is long"))
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(_operations_table(rows, columns))
+    lines = console.export_text().splitlines()
+    assert len(lines) == 3 + len(rows) + 1 and all(len(line) <= columns for line in lines), lines
+    assert [f"{n}/expand: " in line for n, line in enumerate(lines[3:6])] == [True] * 3, lines
+    assert "0.2383 ms" in lines[3] and "compute" in lines[3] and "unknown" in lines[6]
+    assert ("_0/expand: Fully Connected (NC, QU8) GEMM" if speed else "_0/expand: GEMM ") in lines[3]
+    assert ("GFLOP/s" in lines[1], "compute, int8" in lines[3]) == (speed, speed)
+    assert fitted("a_long_layer/expand", "Convolution DWConv", 16) == "…/expand: DWConv"
+    assert fitted("", "A_MADE_UP_OPERATION", 10) == "A_MADE_UP…" and fitted("a", "B", 10) == "a: B"
 
 
 def test_bad_input_is_one_clear_error(run_python, tiny, tmp_path):

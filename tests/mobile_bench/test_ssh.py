@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -17,9 +19,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mobile_bench import stream as streams
 from mobile_bench.cli import main
 from mobile_bench.compare import compare
-from mobile_bench.errors import InputError, JobFailed, ModelRefused, TransportError
+from mobile_bench.errors import DataError, DelegateError, InputError, JobFailed, ModelRefused, TransportError
 from mobile_bench.evaluate import evaluate, evaluate_apart
 from mobile_bench.inputs import InputSpec
 from mobile_bench.measure import measure
@@ -120,14 +123,14 @@ def until(holds):
     return answer
 
 
-def worker_in(connection):
+def worker_in(connection, module=b"mobile_bench.worker"):
     """The process id of the measuring Python on the board."""
 
     def find():
         for file in Path(connection.folder).glob("*/job*.pid"):
             pid = file.read_text().strip()
             command = Path(f"/proc/{pid}/cmdline")
-            if pid and command.exists() and b"mobile_bench.worker" in command.read_bytes():
+            if pid and command.exists() and module in command.read_bytes():
                 return int(pid)
 
     return until(find)
@@ -150,6 +153,13 @@ def wrapper(path, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def without_runtime(folder):
+    """A Python that has no runtime, and whose pip is played by links to what is installed here."""
+    real, site = shlex.quote(sys.executable), shlex.quote(str(Path(np.__file__).parents[1]))
+    pip = f'case "$*" in *"-m pip"*) mkdir runtime && ln -s {site}/* runtime/; exit;; esac'
+    return wrapper(folder / "bare", f'{pip}\nexec {real} -S "$@"')
 
 
 # --- what it is for
@@ -192,6 +202,16 @@ def test_minutes_there_with_the_energy_and_the_heat_of_there(board, tiny, machin
     assert emptied(board)
 
 
+def test_minutes_there_whose_process_is_killed_keep_what_was_measured(board, tiny):
+    def kill(message):
+        if message.get("window"):
+            os.kill(worker_in(board, b"mobile_bench.sustained_worker"), signal.SIGKILL)
+
+    found = sustain(tiny.path("float32"), seconds=60, target=TARGET, connection=board, energy="none", on_progress=kill)
+    assert found.status == "failed" and "SIGKILL" in found.reason and 1 <= len(found.windows) < 30
+    assert emptied(board)
+
+
 def test_minutes_there_that_are_interrupted_keep_what_was_measured(board, tiny):
     def stop(message):
         if message.get("window"):
@@ -200,6 +220,22 @@ def test_minutes_there_that_are_interrupted_keep_what_was_measured(board, tiny):
     found = sustain(tiny.path("float32"), seconds=60, target=TARGET, connection=board, energy="none", on_progress=stop)
     assert (found.status, len(found.windows), found.energy) == ("interrupted", 1, None)
     assert emptied(board)
+
+
+def test_an_accelerator_there_answers_the_sample_and_what_is_installed_is_said(board, adder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 1, 3), np.uint8)
+    np.savez(tmp_path / "sample.npz", images=images, labels=images.reshape(20, 3).argmax(1).astype(np.int32))
+    target, said = replace(TARGET, accelerator="external"), []
+    answer = lambda connection, *ops, **wanted: evaluate_apart(
+        write_chain(tmp_path / "chain.tflite", *ops, shape=(1, 1, 1, 3)), tmp_path / "sample.npz", InputSpec(1, 1, 3),
+        target, connection=connection, delegate=Delegate(library=str(adder), **wanted), tell=said.append,
+    )  # fmt: skip
+    assert answer(replace(board, python=without_runtime(tmp_path)), "ADD").correct == 20
+    assert len(said) == 1 and "installing ai-edge-litert" in said[0]
+    with pytest.raises(DelegateError, match="leaves 1 of 2 operations to the CPU"):
+        answer(board, "LOGISTIC", "ADD")
+    assert answer(board, "LOGISTIC", "ADD", allow_fallback=True).correct == 20
+    assert len(said) == 1 and emptied(board)
 
 
 def test_a_compiled_file_runs_there_beside_its_plain_twin(board, adder, tmp_path):
@@ -239,10 +275,37 @@ def test_frames_of_here_are_sent_there_and_answered_alike(board, tiny, photos):
     assert any("sending 6 images" in message.get("text", "") for message in said)
     there = stream(tiny.path("int8"), f"board:{photos}", SPEC, target=TARGET, connection=board, **options)
     assert alike(there.classes, here.classes)
-    with pytest.raises(InputError, match="no such file or folder"):
-        stream(tiny.path("int8"), "board:/nowhere", SPEC, target=TARGET, connection=board, **options)
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    for source in ("board:no/such", "board:~/no/such"):
+        with pytest.raises(InputError, match=rf"{re.escape(home)}/no/such \(no such file or folder"):
+            stream(tiny.path("int8"), source, SPEC, target=TARGET, connection=board, **options)
     with pytest.raises(InputError, match="--target ssh"):
         stream(tiny.path("int8"), f"board:{photos}", SPEC, **options)
+    assert emptied(board)
+
+
+def test_videos_are_sent_and_cameras_are_the_boards(board, tiny, tmp_path, monkeypatch):
+    av = pytest.importorskip("av", reason="needs pip install 'tfopt[stream]'")
+    clip, said = tmp_path / "my clip.mkv", []
+    with av.open(str(clip), "w") as container:
+        added = container.add_stream("mpeg4", rate=30)
+        added.width, added.height, added.pix_fmt = 64, 48, "yuv420p"
+        for number in range(10):
+            gray = np.full((48, 64, 3), 20 * number, np.uint8)
+            container.mux(added.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        container.mux(added.encode())
+    there = lambda source: stream(
+        tiny.path("int8"), source, SPEC, seconds=0.5, target=TARGET, connection=board, on_progress=said.append
+    )
+    found = there(str(clip))
+    assert found.number[0] == 0 and found.about.endswith("video of 64 x 48")
+    assert any(message.get("text", "").startswith(f"sending {clip}, 0.0 MB") for message in said)
+    for source in ("camera:93", "board:/dev/video93", "/dev/video93"):
+        with pytest.raises(DataError, match=r"camera cannot be opened.*/dev/video93"):
+            there(source)
+    monkeypatch.setattr(streams, "MOST_VIDEO_BYTES", 100)
+    with pytest.raises(InputError, match=r"too large to be sent.*--source board:"):
+        there(str(clip))
     assert emptied(board)
 
 
@@ -579,12 +642,8 @@ def test_no_runtime_and_no_way_to_install_one(board, tiny, tmp_path, lacking):
 
 
 def test_a_runtime_is_installed_into_the_work_folder(board, tiny, tmp_path):
-    """pip itself is played by links to what is installed here."""
-    real, site = shlex.quote(sys.executable), shlex.quote(str(Path(np.__file__).parents[1]))
-    pip = f'case "$*" in *"-m pip"*) mkdir runtime && ln -s {site}/* runtime/; exit;; esac'
-    bare = wrapper(tmp_path / "bare", f'{pip}\nexec {real} -S "$@"')
     messages = []
-    with over(replace(board, python=bare)) as transport:
+    with over(replace(board, python=without_runtime(tmp_path))) as transport:
         for _ in range(2):
             found = transport.run(
                 "mobile_bench.worker", JOB, files={"tflite": tiny.path("int8")}, on_progress=messages.append

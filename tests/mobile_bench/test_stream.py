@@ -369,6 +369,8 @@ def test_a_model_or_option_that_is_no_good_is_refused(tiny, photos):
             stream(tiny.path("int8"), str(photos), SPEC, **options)
     with pytest.raises(InputError, match="too many frames"):
         stream(tiny.path("int8"), str(photos), SPEC, fps=1000, seconds=3600)
+    with pytest.raises(InputError, match=r"needs Python on the device.*mobile-bench run --target adb:A1"):
+        stream(tiny.path("int8"), str(photos), SPEC, target=Target("adb", address="A1"))
     with pytest.raises(ModelRefused, match="made-up-op"):
         stream(tiny.path("custom_op"), str(photos), SPEC)
     with pytest.raises(InputError, match="does not take the images"):

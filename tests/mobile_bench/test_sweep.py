@@ -7,7 +7,8 @@ import pytest
 from mobile_bench.cli import app
 from mobile_bench.cli_support import exit_code_of
 from mobile_bench.commands.sweep import _counts
-from mobile_bench.errors import InputError
+from mobile_bench.errors import InputError, ModelRefused
+from mobile_bench.interpreter import open_model
 from mobile_bench.measure import measure
 
 from .small_graphs import write_chain
@@ -81,6 +82,29 @@ def test_a_fixed_size_is_changed_where_the_operations_allow_it(sweep, tmp_path):
     assert done.returncode == 0, done.stderr
     shapes = [tuple(p["measurement"]["input_shape"]) for p in json.loads(done.stdout)["points"]]
     assert shapes == [(1, 8, 8, 3), (1, 16, 16, 3)]
+
+
+def test_a_size_that_changes_the_answers_form_is_refused(tmp_path):
+    """Twice the side makes four rows of one image: fast, and no answer."""
+    rows = write_chain(tmp_path / "rows.tflite", "LOGISTIC", "ROWS", shape=(1, 8, 8, 3))
+    with pytest.raises(ModelRefused, match=r"another form.*\(4, 192\) at 16x16.*\(1, 192\)"):
+        open_model(rows, size=(16, 16), resize=True)
+    assert open_model(rows, size=(8, 8), batch=3, resize=True).outputs[0].shape == (3, 192)
+    pixel = write_chain(tmp_path / "pixel.tflite", "LOGISTIC", shape=(1, 1, 1, 3))
+    with pytest.raises(ModelRefused, match="another form"):
+        open_model(pixel, size=(2, 2), resize=True)
+
+
+def test_the_size_of_a_real_classifier_is_changed_as_far_as_its_pooling_allows(shared_model):
+    file = shared_model("mobilenet_v1_0.25_128_quant.tflite")
+    model = open_model(file, size=(160, 160), resize=True)
+    assert (model.inputs[0].shape, model.outputs[0].shape) == ((1, 160, 160, 3), (1, 1001))
+    with pytest.raises(ModelRefused, match=r"fixes its input size.*256x256"):
+        open_model(file, size=(256, 256), resize=True)
+    with pytest.raises(ModelRefused, match=r"160x160 in a batch of 2, which may be"):
+        open_model(file, size=(160, 160), batch=2, resize=True)
+    with pytest.raises(ModelRefused, match="compiled for the Edge TPU"):
+        open_model(shared_model("mobilenet_v1_0.25_128_quant_edgetpu.tflite"), size=(160, 160), resize=True)
 
 
 def test_a_size_that_the_file_does_not_have_is_refused_and_the_others_go_on(sweep, tiny):
