@@ -18,10 +18,13 @@ NOT_READ = 1
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app and exit: 0 fine, a Problem's exit code (2), 2 for wrong usage, 130 interrupted.
 
-    A command ends with another code by `raise typer.Exit(code)`. SIGTERM is an interrupt, too: what Ctrl-C cleans up
-    and keeps is cleaned up and kept.
+    A command ends with another code by `raise typer.Exit(code)`. SIGTERM and SIGHUP are interrupts, too: what Ctrl-C
+    cleans up and keeps is cleaned up and kept.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal; nohup has it ignored, and it stays so
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     if sys.stdout is None:
         print_problem(Problem("Standard output is closed: nobody would see the result", next_step="Leave out >&-"))
         sys.exit(Problem.exit_code)

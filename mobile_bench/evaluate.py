@@ -156,7 +156,7 @@ def read_sample(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             images, labels = content["images"], content["labels"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         raise problem(f"which is damaged or holds something else than numbers ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4:
+    if images.dtype != np.uint8 or images.ndim != 4 or not all(images.shape[1:]):
         raise DataError(
             "The sample's images have the wrong form",
             received=f"{images.dtype} of shape {images.shape}",

@@ -19,6 +19,9 @@ from mobile_bench.errors import InputError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder; renamed to `path` if the block succeeds, removed if not."""
     path = Path(path)
+    _refuse_special(path)
+    if os.path.islink(path):  # what it points to is replaced, not the link
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,11 +59,27 @@ def json_text(value: object, *, ascii_only: bool = True) -> str:
     return json.dumps(json.loads(text), indent=1) if ascii_only and not text.isascii() else text
 
 
-def check_writable(path: str | Path | None) -> None:
-    """Raise InputError now for a file that could not be written after minutes of measuring. None: nothing is asked."""
+def _refuse_special(path: Path) -> None:
+    """Raise InputError for a device, a pipe or a socket: a rename would put a file in its place."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(
+            "The output is not a file", received=f"{path}, a device, pipe or socket", allowed="a file's name",
+            next_step="Name a file, or take --json for the standard output",
+        )  # fmt: skip
+
+
+def check_writable(path: str | Path | None, *inputs: str | Path | None) -> None:
+    """Raise InputError now for a file that could not be written after minutes of measuring, or that is one of the
+    inputs. None: nothing is asked."""
     if path is None:
         return
     path = Path(path)
+    _refuse_special(path)
+    for given in inputs:
+        if given and os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
+            raise InputError(
+                "The output would overwrite what is read", received=path, next_step="Choose another name for it"
+            )
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

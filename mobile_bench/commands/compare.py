@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.commands.shared import (
@@ -88,7 +89,7 @@ def compare(
     from mobile_bench.files import check_writable, write_json
     from mobile_bench.records import SCHEMA_VERSION
 
-    check_writable(out)
+    check_writable(out, *files, *(reference or ()))
     (place,) = places_for([target], inventory, threads, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback)
     found = _compare(files, place, seconds, rounds, level, batch, seed, delegate, reference)
@@ -234,15 +235,15 @@ def _accuracy(file: Path, against: Path, sample: Path, input_spec: str, place: P
 
 
 def _table(files: list[Path], found) -> Table:
-    title = f"Against {files[0]} ({ms(found.verdicts[0].reference_ms)})"
+    title = escape(f"Against {files[0]}") + f" ({ms(found.verdicts[0].reference_ms)})"
     shown = Table(title=title, title_justify="left")
     for name in ("File", "Verdict", "Median", "Ratio", f"{found.verdicts[0].confidence:.1%} interval"):
         shown.add_column(name)
     for file, verdict in zip(files[1:], found.verdicts):
         words = {"faster": f"{1 / verdict.ratio:.3f}x faster", "slower": f"{verdict.ratio:.3f}x slower"}
         shown.add_row(
-            str(file), words.get(verdict.verdict, verdict.verdict), ms(verdict.median_ms), f"{verdict.ratio:.4f}",
-            f"{verdict.low:.4f} to {verdict.high:.4f}",
+            escape(str(file)), words.get(verdict.verdict, verdict.verdict), ms(verdict.median_ms),
+            f"{verdict.ratio:.4f}", f"{verdict.low:.4f} to {verdict.high:.4f}",
         )  # fmt: skip
     device = found.device
     shown.caption = (

@@ -75,7 +75,7 @@ def roofline(
 
     if picture and picture.suffix.lower() != ".svg":
         raise InputError("The picture is an SVG", received=picture, allowed="a name that ends in .svg")
-    check_writable(picture)
+    check_writable(picture, *files)
     if not 1 <= runs <= MOST_RUNS:
         raise InputError("--runs is out of range", received=runs, allowed=f"1 to {MOST_RUNS}")
     if not 0 <= seed < 2**32:

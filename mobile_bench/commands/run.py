@@ -194,8 +194,11 @@ def _run_table(prefix: str, file: Path, measurement, summary, deadline_fps: floa
     verdict = "yes" if summary.meets(deadline_ms) else "NO"
     mib = lambda count: "unknown" if count is None else f"{count / 2**20:.1f} MiB"
     target, device = measurement.target, measurement.device
+    between = f"95% interval {ms(summary.median_low_ms)} to {ms(summary.median_high_ms)}"
+    if summary.rounds == 1 and target.transport != "adb":  # by adb each sample is a process
+        between = "one process, so nothing is known of the next: take --rounds 3"
     rows = {
-        "Median": f"{ms(summary.median_ms)} (95% interval {ms(summary.median_low_ms)} to {ms(summary.median_high_ms)})",
+        "Median": f"{ms(summary.median_ms)} ({between})",
         "p90, p95, p99": f"{ms(summary.p90_ms)}, {ms(summary.p95_ms)}, {ms(summary.p99_ms)}",
         "Spread": f"{summary.spread:.1%} of the median between the quartiles, {summary.outliers} of "
         f"{summary.samples} runs far above",

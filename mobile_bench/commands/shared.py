@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.errors import InputError
@@ -109,11 +110,12 @@ def places_for(
 
 
 def table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    """Names and values as they are: brackets in a file's name are no markup."""
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     return table
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.cli_support import INTERRUPTED
@@ -103,7 +102,7 @@ def stream(
     from mobile_bench.stream import stream as run_stream
     from mobile_bench.stream import summarize_stream
 
-    check_writable(out)
+    check_writable(out, file, source)
     check_is_tflite(file)
     graph = read_model(file).main
     shape = graph.tensors[graph.inputs[0]].shape[1:] if graph.inputs else ()
@@ -167,7 +166,7 @@ def _report(title: str, found: Stream, summary: StreamSummary) -> Group:
     for stage in summary.stages:
         cells = (ms(stage.median_ms), ms(stage.p99_ms), f"{stage.share:.1%}")
         stages.add_row(stage.name, *cells, style="bold" if stage.name == summary.bottleneck else "")
-    return Group(table(escape(title), {name: escape(value) for name, value in rows.items()}), stages)
+    return Group(table(title, rows), stages)
 
 
 def _most_often(found: Stream) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from mobile_bench.cli_support import INTERRUPTED
 from mobile_bench.commands.shared import (
@@ -96,8 +95,8 @@ def sustained(
 
     if picture and picture.suffix.lower() != ".svg":
         raise InputError("A picture of that kind cannot be drawn", received=picture, allowed="a file named .svg")
-    check_writable(out)
-    check_writable(picture)
+    check_writable(out, file, energy)
+    check_writable(picture, file, out)
     if not 0 <= seed < 2**32:
         raise InputError("seed is out of range", received=seed, allowed="0 to 4294967295")
     spec = recorded_spec(file)
@@ -116,7 +115,7 @@ def sustained(
         console = Console()
         columns = max(10, min(_CHART_COLUMNS, console.width - _CHART_MARGIN))
         console.print(chart(found.windows, summary, columns), markup=False, highlight=False)
-        console.print(table(escape(str(file)), {n: escape(v) for n, v in _rows(found, summary).items()}))
+        console.print(table(str(file), _rows(found, summary)))
     for warning in found.warnings:
         say(f"warning: {warning}", style="yellow")
     if out:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mobile_bench.cli_support import INTERRUPTED
@@ -113,7 +114,7 @@ def sweep(
             }
         )
     else:
-        Console().print(_table(str(file), found, summaries, [point[0] for point in points], facts))
+        Console().print(_table(escape(str(file)), found, summaries, [point[0] for point in points], facts))
     for reason in dict.fromkeys(measurement.reason for measurement in found if measurement.reason):
         say(f"not measured: {reason}", style="red")
     for warning in dict.fromkeys(warning for measurement in found for warning in measurement.warnings):

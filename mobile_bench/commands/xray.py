@@ -45,7 +45,7 @@ def xray(
 
         mobile-bench xray model.tflite --delegate edgetpu
 
-    Exit code 0: shown; 2: the file or an option cannot be used, or the runtime fails on the file.
+    Exit code 0: shown; 1: the file crashed the runtime; 2: the file or an option cannot be used, or is refused.
     """
     from mobile_bench import records
     from mobile_bench.xray import xray as look

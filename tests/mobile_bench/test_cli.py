@@ -210,6 +210,36 @@ def test_a_name_that_is_not_utf_8_is_a_name(bench, tiny, tmp_path):
     assert done.returncode == 0 and json.loads((tmp_path / "out.json").read_bytes()), done.stderr
 
 
+def test_brackets_in_a_files_name_are_no_markup(bench, tiny, tmp_path):
+    file = tmp_path / "x[" / "b].tflite"
+    file.parent.mkdir()
+    file.write_bytes(tiny.path("float32").read_bytes())
+    short = ("--rounds", 1, "--seconds", 0)
+    sample = ("--sample", tiny.sample, "--input-spec", "scaling=signed")
+    for arguments, codes in (
+        (("run", file, *short), {0}),
+        (("evaluate", file, *sample), {0}),
+        (("sweep", file, "--threads", 1, "--batch", 1, "--runs", 5), {0}),
+        (("compare", file, file, "--seconds", 1, "--rounds", 6), {0}),
+        (("gate", file, "--against", file, "--seconds", 1), {0, 3}),
+    ):
+        done = bench(*arguments)
+        assert done.returncode in codes and "Traceback" not in done.stderr, done.stderr
+        assert "x[/b].tflite" in "".join(done.stdout.split()), arguments[0]
+
+
+def test_one_process_claims_no_interval(bench, tiny):
+    assert "95% interval" not in bench("run", tiny.path("float32"), "--rounds", 1, "--seconds", 0).stdout
+
+
+def test_what_is_read_is_not_overwritten(bench, tiny, tmp_path):
+    file = tmp_path / "model.tflite"
+    file.write_bytes(content := tiny.path("float32").read_bytes())
+    for arguments in (("compare", file, tiny.path("int8")), ("sustained", file, "--seconds", 1)):
+        done = bench(*arguments, "--out", file)
+        assert done.returncode == 2 and "would overwrite what is read" in done.stderr and file.read_bytes() == content
+
+
 def test_a_target_named_twice_is_measured_once(bench, tiny):
     done = bench("run", tiny.path("float32"), "--target", "local", "--target", "local", "--rounds", 1, "--seconds", 0)
     assert done.returncode == 0 and "local was asked for more than once" in done.stderr
@@ -278,8 +308,9 @@ def test_an_interrupt_exits_130_in_one_line(tiny):
     assert child.returncode == 130 and out == "" and "interrupted" in err and "Traceback" not in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
-def test_an_end_by_sigterm_keeps_what_was_measured_and_leaves_no_folder(tiny, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="needs its signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_end_by_signal_keeps_what_was_measured_and_leaves_no_folder(tiny, tmp_path, name):
     command = [sys.executable, "-m", "mobile_bench", "run", str(tiny.path("float32"))]
     options = ["--json", "--seconds", "600", "--width", "0.00001", "--rounds", "50"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "work")}
@@ -289,7 +320,7 @@ def test_an_end_by_sigterm_keeps_what_was_measured_and_leaves_no_folder(tiny, tm
     )
     while "process 1: median" not in (line := child.stderr.readline()):
         assert line, "it ended by itself"
-    child.terminate()
+    child.send_signal(getattr(signal, name))
     try:
         out, err = child.communicate(timeout=60)
     finally:

@@ -242,3 +242,9 @@ def test_the_command_sets_an_accelerator_beside_the_cpu_where_that_can_answer(ad
     assert (code, found["correct"], found["same_as_here"]) == (0, 20, None) and "edgetpu-custom-op" in said
     code, found, said = run("ADD", "--reference", tmp_path / "none.tflite")
     assert (code, found) == (2, None) and "none.tflite" in said
+
+
+def test_images_without_a_height_are_refused(tmp_path):
+    np.savez(tmp_path / "flat.npz", images=np.zeros((5, 0, 12, 3), np.uint8), labels=np.zeros(5, np.int32))
+    with pytest.raises(DataError, match="wrong form"):
+        read_sample(tmp_path / "flat.npz")

@@ -90,3 +90,17 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"name": "caf\ufffd \xfc"}
     assert json.loads(json_text({"name": "caf\udce9 \xfc"})) == {"name": "caf\ufffd \xfc"}
     assert json_text({"name": "\xfc"}).isascii()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_not_replaced_and_a_link_stays_one(tmp_path):
+    pipe, real, link = (tmp_path / name for name in ("pipe", "real.json", "link.json"))
+    os.mkfifo(pipe)
+    for check in (lambda: write_bytes(pipe, b"x"), lambda: check_writable(pipe)):
+        with pytest.raises(InputError, match="device, pipe or socket"):
+            check()
+    assert pipe.is_fifo()
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+    write_bytes(link, b"new")
+    assert link.is_symlink() and real.read_bytes() == b"new"
