@@ -39,7 +39,7 @@ def exit_code_of(app: typer.Typer) -> int:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except Problem as problem:
-        print_problem(problem)
+        print_problem(problem, as_json="--json" in sys.argv[1:])
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -56,6 +56,8 @@ def exit_code_of(app: typer.Typer) -> int:
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):
             raise
         error.show()
+        if "--json" in sys.argv[1:]:
+            _print_json(Problem(error.format_message()))
         return error.exit_code
     if code == INTERRUPTED:  # some versions of Typer turn the interrupt into this code themselves
         print("interrupted", file=sys.stderr)
@@ -66,12 +68,28 @@ def _interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def print_problem(problem: Problem) -> None:
-    """The parts of a problem, a line each, on standard error."""
+def print_problem(problem: Problem, as_json: bool = False) -> None:
+    """The parts of a problem, a line each, on standard error; as_json: also as one object on standard output."""
     rows = [("error", problem.what), ("received", problem.received), ("allowed", problem.allowed)]
     rows.append(("next", problem.next_step))
     bold = "\033[1;31merror\033[0m" if sys.stderr.isatty() else "error"
     for name, value in rows:
         if value is not None and value != "":
             label = bold + ":" if name == "error" else f"  {name}:"
-            print(f"{label} {value}", file=sys.stderr)
+            print(f"{label} {visible(str(value))}", file=sys.stderr)
+    if as_json:
+        _print_json(problem)
+
+
+def _print_json(problem: Problem) -> None:
+    from mobile_bench.files import json_text
+    from mobile_bench.records import SCHEMA_VERSION
+
+    parts = {"what": problem.what, "received": problem.received, "allowed": problem.allowed, "next": problem.next_step}
+    error = {name: str(value) for name, value in parts.items() if value not in (None, "")}
+    print(json_text({"schema_version": SCHEMA_VERSION, "error": error}))
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written out: a file's name must not move the terminal's cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -23,6 +23,7 @@ import numpy as np
 
 from mobile_bench.device import usable_cores
 from mobile_bench.errors import DataError, InputError, ModelRefused
+from mobile_bench.files import check_is_file
 from mobile_bench.inputs import InputSpec
 from mobile_bench.interpreter import Model, dequantize, open_model, quantize
 from mobile_bench.jobs import serve
@@ -139,6 +140,7 @@ def read_sample(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     problem = lambda what: DataError(
         "The sample cannot be used", received=f"{path}, {what}", allowed=allowed, next_step=make
     )
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             head = file.read(8)

@@ -59,9 +59,14 @@ def json_text(value: object, *, ascii_only: bool = True) -> str:
     return json.dumps(json.loads(text), indent=1) if ascii_only and not text.isascii() else text
 
 
+def is_special(path: str | Path) -> bool:
+    """Whether there is a device, a pipe or a socket: reading it may never end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def _refuse_special(path: Path) -> None:
     """Raise InputError for a device, a pipe or a socket: a rename would put a file in its place."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if is_special(path):
         raise InputError(
             "The output is not a file", received=f"{path}, a device, pipe or socket", allowed="a file's name",
             next_step="Name a file, or take --json for the standard output",
@@ -91,8 +96,17 @@ def check_writable(path: str | Path | None, *inputs: str | Path | None) -> None:
         raise cannot_write(path, error) from error
 
 
+def check_is_file(path: str | Path) -> None:
+    """Raise InputError for what cannot be read to its end."""
+    if is_special(path):
+        raise InputError(
+            "The input is not a file", received=f"{path}, a device, pipe or socket", allowed="a file's name"
+        )
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hex. Raises InputError where it cannot be read."""
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

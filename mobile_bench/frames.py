@@ -46,13 +46,13 @@ def kind_of(source: str) -> str:
     if source.startswith((_CAMERA, _DEVICE)):
         return "camera"
     path = Path(source)
-    if path.is_dir() or (path.suffix.lower() in (*IMAGES, PACKED) and path.is_file()):
+    if (source.strip() and path.is_dir()) or (path.suffix.lower() in (*IMAGES, PACKED) and path.is_file()):
         return "images"
     if path.suffix.lower() in VIDEOS and path.is_file():
         return "video"
     raise InputError(
         "The source of frames cannot be used",
-        received=f"{source} ({'not one of these' if path.exists() else 'no such file or folder'})",
+        received=f"{source or repr(source)} ({'not one of these' if path.exists() else 'no such file or folder'})",
         allowed=f"a folder or .zip of {', '.join(IMAGES)}; a video ({', '.join(VIDEOS)}); camera:0 or /dev/video0",
     )
 

@@ -188,8 +188,16 @@ def override(spec: InputSpec, text: str) -> InputSpec:
         spec = InputSpec.from_dict({**spec.to_dict(), **values})
         return spec.with_scaling(str(scaling)) if scaling is not None else spec
     changes: dict[str, object] = {}
+    seen: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
+        if key in seen:
+            raise InputError(
+                "An input spec says one thing twice",
+                received=f"{key}={seen[key]} and {key}={value}",
+                allowed="one of them",
+            )
+        seen[key] = value
         if not value:
             raise InputError("An input spec item has no value", received=repr(item), allowed="KEY=VALUE,KEY=VALUE")
         try:

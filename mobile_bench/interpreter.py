@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mobile_bench.errors import InputError, ModelRefused, unknown_name
+from mobile_bench.files import check_is_file
 from mobile_bench.records import Tensor
 
 #: distribution name -> module that holds its Interpreter, in the order 'auto' tries them.
@@ -169,6 +170,7 @@ def load_runtime(name: str = "auto") -> Runtime:
 
 def check_is_tflite(path: str | Path) -> None:
     """Raise InputError where there is no file, ModelRefused where its first bytes are not a .tflite's."""
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             head = file.read(8)

@@ -216,6 +216,17 @@ def measure_on(
 
         return measure(tflite, place.target, connection=place.connection, on_progress=relay, **options)
 
+    def one_of_several(place: Place) -> Measurement:
+        try:
+            transport_for(place.target, place.connection)
+        except InputError as error:  # what this one place lacks
+            facts = {"run_id": uuid.uuid4().hex[:8], "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
+            return Measurement(
+                **facts, kind=options.get("kind", "latency"), sha256=sha256_of(tflite), target=place.target,
+                batch=options.get("batch", 1), status="refused", reason=str(error),
+            )  # fmt: skip
+        return one(place)
+
     if len(places) == 1:  # in this thread: an interrupt ends it at once
         try:
             return [one(places[0])]
@@ -223,9 +234,8 @@ def measure_on(
             raise Interrupted([interrupt.kept]) from None
     for place in places:
         check_can_run(place.target)
-        transport_for(place.target, place.connection)
     with ThreadPoolExecutor(len(places)) as pool:
-        under_way = [pool.submit(one, place) for place in places]
+        under_way = [pool.submit(one_of_several, place) for place in places]
         try:
             return [measured.result() for measured in under_way]
         except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from mobile_bench.errors import InputError, Problem
+from mobile_bench.files import is_special
 from mobile_bench.flatbuffer import read_metadata, read_model
 from mobile_bench.inputs import InputSpec, override
 
@@ -43,7 +44,7 @@ def recorded_spec(tflite: str | Path) -> InputSpec | None:
         spec = json.loads(record.read_text(encoding="utf-8")).get("spec") if record.is_file() else None
         if spec:
             return InputSpec.from_dict(spec)
-        return embedded_spec(Path(tflite).read_bytes())
+        return None if is_special(tflite) else embedded_spec(Path(tflite).read_bytes())
     except (OSError, ValueError, AttributeError, Problem):
         return None
 

@@ -27,7 +27,7 @@ from mobile_bench.commands.shared import (
     bar,
     delegate_of,
     ms,
-    places_for,
+    place_for,
     print_json,
     say,
     say_dim,
@@ -55,7 +55,7 @@ def compare(
         float, typer.Option(help="The chance of a verdict where there is no difference, for the whole comparison")
     ] = 0.02,
     runtime: Runtime = None,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     accelerator: Accelerator = None,
     library: Library = "",
@@ -90,7 +90,7 @@ def compare(
     from mobile_bench.records import SCHEMA_VERSION
 
     check_writable(out, *files, *(reference or ()))
-    (place,) = places_for([target], inventory, threads, runtime, accelerator)
+    place = place_for(target, inventory, threads, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback)
     found = _compare(files, place, seconds, rounds, level, batch, seed, delegate, reference)
     if out:
@@ -120,7 +120,7 @@ def gate(
     threads: Threads = None,
     seconds: Seconds = 20.0,
     runtime: Runtime = None,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     accelerator: Accelerator = None,
     library: Library = "",
@@ -151,7 +151,7 @@ def gate(
     from mobile_bench.interpreter import check_is_tflite
     from mobile_bench.records import SCHEMA_VERSION
 
-    (place,) = places_for([target], inventory, threads, runtime, accelerator)
+    place = place_for(target, inventory, threads, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback)
     limits = gates.Limits(max_slower / 100, max_larger / 100, max_drop)
     for path in (file, against):

@@ -22,7 +22,7 @@ from mobile_bench.commands.shared import (
     Spec,
     bar,
     delegate_of,
-    places_for,
+    place_for,
     print_json,
     say,
     say_dim,
@@ -44,7 +44,7 @@ def evaluate(
         ),
     ] = None,
     runtime: Runtime = None,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     accelerator: Accelerator = None,
     library: Library = "",
@@ -82,7 +82,7 @@ def evaluate(
     from mobile_bench.records import SCHEMA_VERSION
     from mobile_bench.stats import wilson_interval
 
-    (place,) = places_for([target], inventory, None, runtime, accelerator)
+    place = place_for(target, inventory, None, runtime, accelerator)
     delegate = delegate_of(library, delegate_option, allow_fallback, reference)
     for path in (file, *([reference] if reference else [])):
         check_is_tflite(path)

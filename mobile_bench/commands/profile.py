@@ -19,7 +19,7 @@ from mobile_bench.commands.shared import (
     Spec,
     Threads,
     ms,
-    places_for,
+    place_for,
     print_json,
     say_stage,
 )
@@ -31,7 +31,7 @@ _VIEWS = {"op": "Operation", "type": "Type of operation", "layer": "Layer"}
 def profile(
     file: File,
     threads: Threads = None,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     runs: Annotated[int, typer.Option(help="Inferences to average over")] = 50,
     top: Annotated[int, typer.Option(min=0, help="Rows to show, the dearest; 0 for all, in the order they run")] = 15,
@@ -64,7 +64,7 @@ def profile(
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    (place,) = places_for([target], inventory, threads, None)
+    place = place_for(target, inventory, threads, None)
     found = profile_file(
         file, place.target, connection=place.connection, runs=runs, spec=spec, seed=seed, on_progress=say_stage
     )

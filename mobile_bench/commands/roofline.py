@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mobile_bench.commands.shared import Json, Spec, ms, places_for, print_json, say
+from mobile_bench.commands.shared import Inventory, Json, OneTarget, Spec, ms, place_for, print_json, say
 from mobile_bench.errors import InputError, Problem
 
 #: Fresh processes that time each file: a share of a roof needs no narrower interval.
@@ -35,13 +35,8 @@ def roofline(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Draw it as an SVG into this file", metavar="FILE.svg", show_default=False),
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="Where to measure: local, ssh://user@host, or a name in targets.toml")
-    ] = "local",
-    inventory: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A TOML file of targets [default: targets.toml here, if there]", show_default=False),
-    ] = None,
+    target: OneTarget = None,
+    inventory: Inventory = None,
     runtime: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, ai-edge-litert or tflite-runtime [default: the inventory's, or auto]"),
@@ -80,7 +75,7 @@ def roofline(
         raise InputError("--runs is out of range", received=runs, allowed=f"1 to {MOST_RUNS}")
     if not 0 <= seed < 2**32:
         raise InputError("--seed is out of range", received=seed, allowed="0 to 4294967295")
-    (place,) = places_for([target], inventory, threads, runtime)
+    place = place_for(target, inventory, threads, runtime)
     if ops and len(files) != 1:
         raise InputError("--ops takes one file", received=len(files), next_step="Leave --ops out, or name one file")
     models = []

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mobile_bench.cli_support import visible
 from mobile_bench.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ Threads = Annotated[
     typer.Option(help="Threads the runtime may use [default: the inventory's, or 1]", show_default=False),
 ]
 OneTarget = Annotated[
-    str, typer.Option("--target", help="Where: local, ssh://user@host, adb:SERIAL, or a name in targets.toml")
-]
+    Optional[list[str]],  # noqa: UP045 - a list, so that a second one is seen
+    typer.Option(
+        "--target", metavar="TEXT", show_default=False,
+        help="Where: local, ssh://user@host, adb:SERIAL, or a name in targets.toml [default: local]",
+    ),
+]  # fmt: skip
 Inventory = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="A TOML file of targets [default: targets.toml here, if there]", show_default=False),
@@ -109,9 +114,20 @@ def places_for(
     return [replace(p, target=replace(p.target, **given)) for p in find_places(targets, inventory)]
 
 
+def place_for(targets: list[str] | None, *options) -> Place:
+    """The one place of a command that takes one. options: those of `places_for`."""
+    if targets and len(targets) > 1:
+        raise InputError(
+            "This command takes one target", received=", ".join(targets), allowed="one --target",
+            next_step="Call it once for each; run takes several at once",
+        )  # fmt: skip
+    (place,) = places_for(targets or ["local"], *options)
+    return place
+
+
 def table(title: str, rows: dict[str, str]) -> Table:
     """Names and values as they are: brackets in a file's name are no markup."""
-    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table = Table(title=escape(visible(title)), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in rows.items():
@@ -182,7 +198,7 @@ def say_dim(text: str) -> None:
 
 
 def say(text: str, style: str = "") -> None:
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def bar(label: str):

@@ -21,12 +21,13 @@ from mobile_bench.commands.shared import (
     Spec,
     Threads,
     ms,
-    places_for,
+    place_for,
     print_json,
     say,
     say_stage,
     table,
 )
+from mobile_bench.errors import InputError
 
 if TYPE_CHECKING:
     from mobile_bench.stream import Stream, StreamSummary
@@ -46,7 +47,10 @@ def stream(
     fps: Annotated[float, typer.Option(help="Frames that arrive in a second")] = 30.0,
     seconds: Annotated[float, typer.Option(help="How long they arrive")] = 10.0,
     threads: Threads = None,
-    queue: Annotated[int, typer.Option(help="Frames that may wait; the oldest is dropped for another")] = 1,
+    queue: Annotated[
+        Optional[int],  # noqa: UP045 - Typer reads this form in every version
+        typer.Option(help="Frames that may wait; the oldest is dropped for another [default: 1]", show_default=False),
+    ] = None,
     drop: Annotated[bool, typer.Option("--drop/--no-drop", help="Drop frames, or let all of them wait")] = True,
     deadline_ms: Annotated[
         Optional[float],  # noqa: UP045 - Typer reads this form in every version
@@ -55,7 +59,7 @@ def stream(
     pipelined: Annotated[
         bool, typer.Option("--pipelined", help="Decode, resize and normalize in a second thread")
     ] = False,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     input_spec: Spec = "",
     runtime: Runtime = None,
@@ -102,14 +106,19 @@ def stream(
     from mobile_bench.stream import stream as run_stream
     from mobile_bench.stream import summarize_stream
 
+    if queue is not None and not drop:
+        raise InputError(
+            "--no-drop lets any number of frames wait", received=f"--queue {queue}", next_step="Leave one out"
+        )
     check_writable(out, file, source)
     check_is_tflite(file)
     graph = read_model(file).main
     shape = graph.tensors[graph.inputs[0]].shape[1:] if graph.inputs else ()
     spec = find_spec(file, input_spec, shape=shape if len(shape) == 3 else None)
-    (place,) = places_for([target], inventory, threads, runtime)
+    place = place_for(target, inventory, threads, runtime)
     found = run_stream(
-        file, source, spec, fps=fps, seconds=seconds, target=place.target, connection=place.connection, queue=queue,
+        file, source, spec, fps=fps, seconds=seconds, target=place.target, connection=place.connection,
+        queue=1 if queue is None else queue,
         drop=drop, deadline_ms=deadline_ms, pipelined=pipelined, on_progress=say_stage,
     )  # fmt: skip
     summary = summarize_stream(found)

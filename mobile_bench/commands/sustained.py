@@ -22,7 +22,7 @@ from mobile_bench.commands.shared import (
     Spec,
     Threads,
     ms,
-    places_for,
+    place_for,
     print_json,
     say,
     say_stage,
@@ -50,7 +50,7 @@ def sustained(
         str, typer.Option(help="auto, rapl, battery, none, or FILE.csv, the log of a meter that spans the run")
     ] = "auto",
     idle_seconds: Annotated[float, typer.Option(help="Measure the idle machine's power for so long before")] = 3.0,
-    target: OneTarget = "local",
+    target: OneTarget = None,
     inventory: Inventory = None,
     input_spec: Spec = "",
     runtime: Runtime = None,
@@ -102,7 +102,7 @@ def sustained(
     spec = recorded_spec(file)
     if input_spec.strip():
         spec = override(spec or InputSpec(1, 1, 3), input_spec)
-    (place,) = places_for([target], inventory, threads, runtime)
+    place = place_for(target, inventory, threads, runtime)
     found = sustain(
         file, seconds=seconds, target=place.target, connection=place.connection, fps=fps, energy=energy,
         idle_s=idle_seconds, spec=spec, seed=seed, on_progress=_teller(),
@@ -115,7 +115,7 @@ def sustained(
         console = Console()
         columns = max(10, min(_CHART_COLUMNS, console.width - _CHART_MARGIN))
         console.print(chart(found.windows, summary, columns), markup=False, highlight=False)
-        console.print(table(str(file), _rows(found, summary)))
+        console.print(table(str(file), _rows(found, summary, energy)))
     for warning in found.warnings:
         say(f"warning: {warning}", style="yellow")
     if out:
@@ -154,7 +154,7 @@ def chart(windows: Sequence[Window], summary: SustainedSummary, columns: int = _
     return "\n".join(lines)
 
 
-def _rows(found: Sustained, summary: SustainedSummary) -> dict[str, str]:
+def _rows(found: Sustained, summary: SustainedSummary, asked: str) -> dict[str, str]:
     rows = {
         "First 10 windows": f"median {ms(summary.first_ms)}",
         "Last 10 windows": f"median {ms(summary.last_ms)} ({summary.change:+.1%})",
@@ -166,7 +166,7 @@ def _rows(found: Sustained, summary: SustainedSummary) -> dict[str, str]:
         rows["Pace"] = f"{found.fps:g} a second; {summary.missed:,} turns missed"
     for name, pair, unit in (("Temperature", summary.temperature_c, "°C"), ("Frequency", summary.frequency_mhz, "MHz")):
         rows[name] = f"{pair[0]:.0f} {unit} at first, {pair[1]:.0f} {unit} at the end" if pair else "not readable here"
-    rows["Energy"] = _energy(found)
+    rows["Energy"] = _energy(found, asked)
     device = found.device
     rows["Measured"] = (
         f"{found.target.threads} thread(s), {device.get('runtime')} {device.get('runtime_version')} on "
@@ -184,10 +184,12 @@ def _verdict(summary: SustainedSummary) -> str:
     return f"from {onset.at_s:.0f} s on, {onset.slower:.1%} slower than at first (p = {onset.p_value:.3f})"
 
 
-def _energy(found: Sustained) -> str:
+def _energy(found: Sustained, asked: str) -> str:
     from mobile_bench.energy import NOT_MEASURED
 
     used = found.energy
+    if used is None and asked == "auto":
+        return f"{NOT_MEASURED}: no RAPL and no battery that discharges can be read there; --energy takes a meter's log"
     if used is None:
         return NOT_MEASURED
     net = "" if used.net_mj is None else f", {used.net_mj:.4g} mJ above idling ({used.idle_w:.3g} W)"

@@ -74,6 +74,12 @@ class Login:
         identities = [str(Path(file).expanduser()) for file in self._identities]
         if self._identity_file and not Path(identities[0]).is_file():
             raise TransportError("There is no such key file", received=identities[0])
+        if self._identity_file and b"PRIVATE KEY-----" not in Path(identities[0]).read_bytes()[:65_536]:
+            raise TransportError(
+                "The key file holds no private key", received=identities[0],
+                allowed="a private key of OpenSSH or in PEM, as ssh-keygen writes it",
+                next_step="Name the file without .pub; PuTTY's becomes one by: puttygen KEY.ppk -O private-openssh",
+            )  # fmt: skip
         proxy = None
         try:
             proxy = paramiko.ProxyCommand(self._proxy) if self._proxy else None
@@ -100,7 +106,8 @@ class Login:
                     f"yours there: {copy_id}",
                 ) from error  # fmt: skip
             raise TransportError(
-                f"{self.name} cannot be reached", received=str(error) or type(error).__name__,
+                f"{self.name} cannot be reached",
+                received=str(error).removeprefix("[Errno None] ") or type(error).__name__,
                 next_step=f"Check that it is on and that its SSH server answers: {self.command()}",
             ) from error  # fmt: skip
         transport = client.get_transport()
@@ -112,7 +119,8 @@ class Login:
     def command(self) -> str:
         """What a person types to log in."""
         own = self._own_known_hosts
-        options = ("-o", f"UserKnownHostsFile={Path(own).expanduser()}") if own else ()
+        options = ("-i", str(Path(self._identity_file).expanduser())) if self._identity_file else ()
+        options += ("-o", f"UserKnownHostsFile={Path(own).expanduser()}") if own else ()
         return shlex.join(("ssh", "-p", str(self._port), *options, f"{self._user}@{self._host}"))
 
     def refuse_unknown(self, key: paramiko.PKey) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_bench.errors import InputError
 from mobile_bench.files import sha256_of, write_json
 from mobile_bench.records import to_dict
 from mobile_bench.xray.report import BACKENDS, OpVerdict, XrayReport
@@ -32,8 +34,25 @@ class XrayRecord:
 
 
 def write_record(tflite: str | Path, report: XrayReport) -> Path:
-    """Store a report beside the file that it speaks of."""
+    """Store a report beside the file that it speaks of. InputError where the one there is of a neighbour."""
     tflite = Path(tflite)
     path = tflite.parent / FOLDER / f"{report.delegate}.json"
-    write_json(path, to_dict(XrayRecord(sha256_of(tflite), report)))
+    sha256 = sha256_of(tflite)
+    other = _subject(path, [file for file in tflite.parent.glob("*.tflite") if file != tflite], sha256)
+    if other:
+        raise InputError(
+            "A folder holds one X-ray for each delegate, and this one's is of another file",
+            received=f"{path}, of {other}",
+            next_step="Put each file into a folder of its own, or remove the record",
+        )  # fmt: skip
+    write_json(path, to_dict(XrayRecord(sha256, report)))
     return path
+
+
+def _subject(record: Path, files: list[Path], sha256: str) -> Path | None:
+    """Which of these files the record speaks of, where it is not of the one with this SHA-256."""
+    try:
+        known = json.loads(record.read_bytes())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((file for file in files if known != sha256 and file.is_file() and sha256_of(file) == known), None)

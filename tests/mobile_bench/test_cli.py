@@ -126,6 +126,14 @@ def test_a_crash_of_the_runtime_exits_1_with_its_record(bench, tiny):
         (["roofline", "{float32}", "--picture", "/proc/none.svg"], "/proc/none.svg"),
         (["roofline", "{float32}", "--runs", "0"], "1 to 100000"),
         (["roofline", "{float32}", "--threads", "99"], "more threads than cores"),
+        (["run", "{pipe}"], "a device, pipe or socket"),
+        (["compare", "{pipe}", "{float32}"], "a device, pipe or socket"),
+        (["xray", "{pipe}", "--delegate", "gpu"], "not a file"),
+        (["evaluate", "{float32}", "--sample", "{pipe}", "--input-spec", "scaling=signed"], "a device, pipe or socket"),
+        (["compare", "{float32}", "{int8}", "--target", "pi", "--target", "desk"], "received: pi, desk"),
+        (["run", "{float32}", "--input-spec", "scaling=raw,scaling=unit"], "scaling=raw and scaling=unit"),
+        (["stream", "{float32}", "--source", ".", "--no-drop", "--queue", "3"], "--queue 3"),
+        (["stream", "{float32}", "--source", "", "--input-spec", "scaling=unit"], "received: ''"),
         (["run", "{open_size}"], "--input-spec size="),
         (["run"], "FILE"),
         (["walk"], "walk"),
@@ -152,7 +160,14 @@ def test_a_crash_of_the_runtime_exits_1_with_its_record(bench, tiny):
 def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, capsys, tmp_path):
     np.save(tmp_path / "array.npy", tiny.images)
     np.savez(tmp_path / "gray.npz", images=tiny.images[..., :1], labels=tiny.labels)
-    made = {"sample": tiny.sample, "folder": tmp_path, "array": tmp_path / "array.npy", "gray": tmp_path / "gray.npz"}
+    os.mkfifo(tmp_path / "pipe")
+    made = {
+        "pipe": tmp_path / "pipe",
+        "sample": tiny.sample,
+        "folder": tmp_path,
+        "array": tmp_path / "array.npy",
+        "gray": tmp_path / "gray.npz",
+    }
     place = lambda name: str(made.get(name) or tiny.path(name))
     args = [place(arg[1:-1]) if arg.startswith("{") else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["mobile-bench", *args])
@@ -161,6 +176,23 @@ def test_what_cannot_be_used_is_said_in_words(tiny, args, word, monkeypatch, cap
     said = capsys.readouterr()
     assert ended.value.code == 2 and word in said.err and said.out == ""
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("args", "part", "word"),
+    [
+        (["compare", "a\x1b[2J.tflite", "b.tflite"], "received", "a\x1b[2J.tflite"),
+        (["profile", "none.tflite", "--runs", "many"], "what", "--runs"),
+    ],
+)
+def test_an_error_is_an_object_too_for_those_who_ask_for_one(args, part, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mobile-bench", *args, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert ended.value.code == 2 and word in found["error"][part] and found["schema_version"]
+    assert "\x1b[2J" not in said.err, "a file's name would clear the screen"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "profile"])

@@ -220,6 +220,8 @@ def test_the_compare_command(bench, here, tiny, tmp_path):
     assert len(raw["blocks"]) == 6 and len(raw["verdicts"]) == 2 and raw["schema_version"]
     code, out, _ = here(found_in(rounds_of(1.1, 0.001)), "compare", *files[:2], "--json")
     assert code == 0 and json.loads(out)["verdicts"][0]["verdict"] == "slower"
+    code, out, said = here(compare, "compare", files[0], tiny.path("self_calling"))
+    assert (code, out) == (1, "") and "SIG" in said
     done = bench("compare", *files[:2], "--seconds", 3, "--rounds", 6, "--json")
     assert json.loads(done.stdout)["verdicts"][0]["verdict"] in ("faster", "slower", "cannot tell")
 

@@ -299,7 +299,8 @@ def test_the_command_refuses_in_a_sentence(run_python, tiny, options, word):
 def test_energy_reads_as_gross_net_and_source():
     from mobile_bench.commands.sustained import _energy
 
-    text = _energy(run_of([1.0] * 3, energy=Energy("RAPL package-0", 10.0, 1000, 50.0, 2.0)))
+    text = _energy(run_of([1.0] * 3, energy=Energy("RAPL package-0", 10.0, 1000, 50.0, 2.0)), "auto")
     assert re.search(r"50 mJ an inference, 30 mJ above idling \(2 W\); 50 J at 5 W on average \(RAPL package-0\)", text)
-    assert _energy(run_of([1.0])) == "not measured"
+    assert _energy(run_of([1.0]), "none") == "not measured"
+    assert "not measured: no RAPL" in _energy(run_of([1.0]), "auto")
     assert Onset(1, 1.0, 0.1, 0.01).slower == 0.1

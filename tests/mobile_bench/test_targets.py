@@ -126,6 +126,16 @@ def test_one_place_that_fails_does_not_stop_the_others(tiny, tmp_path, monkeypat
     assert set(said) == {"local"} and found[0].target.address == "gone"
 
 
+def test_a_phone_without_its_tool_is_a_record_and_the_others_go_on(tiny, tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    found = measure_on(find_places(["adb:A1", "local"]), tiny.path("float32"), max_runs=50)
+    assert [m.status for m in found] == ["refused", "ok"] and "benchmark_model" in found[0].reason
+    assert found[0].target.address == "A1" and found[0].sha256 == found[1].sha256
+    with pytest.raises(InputError, match="1 to"):
+        measure_on(find_places(["adb:A1", "local"]), tiny.path("float32"), runs=0)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_an_interrupt_keeps_what_each_place_has_measured(tiny, tmp_path, monkeypatch):
     """Both are this machine, so that the second waits for the first."""

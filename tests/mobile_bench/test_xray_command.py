@@ -101,6 +101,16 @@ def _report(**changes) -> XrayReport:
     return XrayReport(**{"delegate": "gpu", "backend": "webgpu", "ops": ops, "partitions": 1, **changes})
 
 
+def test_a_neighbours_report_is_not_overwritten(variant):
+    neighbour = variant / "other.tflite"
+    neighbour.write_bytes((variant / "model.tflite").read_bytes() + b"\0")
+    path = write_record(variant / "model.tflite", _report())
+    with pytest.raises(InputError, match=r"of another file.*model\.tflite"):
+        write_record(neighbour, _report())
+    (variant / "model.tflite").write_bytes(b"converted anew")
+    assert write_record(neighbour, _report()) == path, "its file is gone"
+
+
 def test_a_report_of_another_file_is_not_shown(variant):
     write_record(variant / "model.tflite", _report())
     assert store.read_entry(variant).xray("gpu") == _report()
