@@ -75,13 +75,19 @@ def run_study(
     seed: int = 0,
     deadline_fps: float = 30.0,
     runs: int = 50,
+    step_minutes: float | None = None,
+    step_memory_gb: float | None = None,
     on_event=None,
 ) -> Study:
-    """Recipes x models x targets: export, attest and measure, into the folder `out`; see tfopt.study."""
+    """Recipes x models x targets: export, attest and measure, into the folder `out`; see tfopt.study.
+
+    step_minutes, step_memory_gb: what a step in a process of its own may take; see tfopt.technique.Limits.
+    """
     from tfopt import data as data_sets
     from tfopt import recipe as recipe_files
     from tfopt import study as studies
     from tfopt.errors import InputError
+    from tfopt.technique import Limits
 
     check_seed(seed)
     if not isinstance(out, (str, Path)):
@@ -115,6 +121,7 @@ def run_study(
         runs=runs,
         trust=trust,
         callbacks=tuple(callbacks),
+        limits=Limits(step_minutes, step_memory_gb),
     )
     return studies.run(plan, on_event)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mobile_bench.cli_support import run_app
 from mobile_bench.records import SCHEMA_VERSION, Target
-from tfopt import sensitivity_command, xray
+from tfopt import precheck_command, sensitivity_command, xray
 from tfopt.quiet import native_chatter_to_log
 from tfopt.rescue import command as rescue
 
@@ -64,6 +64,13 @@ RecipeOption = Annotated[
     list[str] | None, typer.Option("--recipe", "-r", help="A recipe's name or .yaml file. Repeatable")
 ]
 TrainImages = Annotated[int | None, typer.Option(help="Use at most this many training images, class-balanced")]
+StepMinutes = Annotated[
+    float | None, typer.Option(help="End a step of prune, cluster or qat that takes longer; it becomes a failed record")
+]
+StepMemory = Annotated[
+    float | None,
+    typer.Option("--step-memory-gb", help="End such a step when its process holds more memory than this (Linux)"),
+]
 TestImages = Annotated[int | None, typer.Option(help="Show numbers on at most this many test images, class-balanced")]
 
 
@@ -130,6 +137,8 @@ def optimize(
     training: Train = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
+    step_minutes: StepMinutes = None,
+    step_memory_gb: StepMemory = None,
     input_spec: InputSpecOption = None,
     trust: Trust = False,
     seed: Seed = 0,
@@ -152,6 +161,8 @@ def optimize(
         targets=(),
         train_images=train_images,
         test_images=test_images,
+        step_minutes=step_minutes,
+        step_memory_gb=step_memory_gb,
     )
 
 
@@ -170,6 +181,8 @@ def study(
     training: Train = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
+    step_minutes: StepMinutes = None,
+    step_memory_gb: StepMemory = None,
     input_spec: InputSpecOption = None,
     trust: Trust = False,
     seed: Seed = 0,
@@ -196,6 +209,8 @@ def study(
         runs=runs,
         train_images=train_images,
         test_images=test_images,
+        step_minutes=step_minutes,
+        step_memory_gb=step_memory_gb,
     )
 
 
@@ -272,6 +287,7 @@ def convert(
 app.command("xray")(xray.command)
 app.command("rescue")(rescue.command)
 app.command("sensitivity")(sensitivity_command.command)
+app.command("precheck")(precheck_command.command)
 
 
 @app.command()
@@ -355,6 +371,7 @@ def _study(
     runs=50,
     train_images=None,
     test_images=None,
+    **limits,
 ):
     from tfopt.api import run_study
 
@@ -376,6 +393,7 @@ def _study(
             deadline_fps=deadline_fps,
             runs=runs,
             on_event=on_event,
+            **limits,
         )
     _show(made, as_json)
     if any(e.variant.status != "ok" for e in made.entries):

@@ -21,6 +21,13 @@ from tfopt import data as data_sets
 from tfopt.errors import ConversionError, DataError
 from tfopt.schemes import parse
 
+#: What may be nearer to Keras than a scheme is.
+_NEARER = {
+    "int8": "; other --calibration-ranges, int16x8 or tfopt rescue may be nearer",
+    "int16x8": "; other --calibration-ranges may be nearer", "weight4": "; weight8 is nearer",
+    "dynamic": "; weight8 or float16 is nearer", "weight8": "; float16 is nearer",
+}  # fmt: skip
+
 
 def convert_one(
     model: str, scheme: str, out: Path | None, data: str | None, input_spec: str | None, trust: bool, **options
@@ -49,12 +56,19 @@ def convert_all(
     if needed and not data:
         what = "Full int8" if needed[0] == "int8" else needed[0]
         raise ConversionError(f"{what} needs images to calibrate on", next_step="Add --data NAME or --data FOLDER")
+    if ranges != "minmax" and not needed:
+        raise InputError(
+            "Calibration ranges are for schemes that are calibrated", received=f"{ranges}, with {', '.join(schemes)}",
+            allowed="int8 or int16x8 among the schemes", next_step="Leave --calibration-ranges out",
+        )  # fmt: skip
     _check_out(out, schemes)
     conversion.refuse_tflite(model)
     from tfopt import models
 
     images = data_sets.load(data) if data else None
     loaded = models.load(model, input_spec=input_spec, trust=trust)
+    if assumed := models.assumption(loaded):
+        on_line(assumed)
     if fix:
         from tfopt import fixes
 
@@ -114,7 +128,7 @@ def conversion_lines(written: dict) -> list[str]:
     if not written["within_tolerance"]:
         lines.append(
             f"[yellow]warning:[/] {written['scheme']} is further from Keras than its tolerance. Measure what it costs "
-            "with tfopt evaluate; other --calibration-ranges, int16x8 or float16 may be nearer"
+            f"with tfopt evaluate{_NEARER.get(parse(written['scheme']).base, '')}"
         )
     found = written["calibration"]
     if found:

@@ -113,11 +113,15 @@ def in_float32(model: keras.Model) -> keras.Model:
     TFLite's converter has no half-precision kernels. Answers then differ by what float16 or bfloat16 rounds.
     """
     layers = [layer for layer in flat_layers(model) if layer.weights or layer.compute_dtype not in (None, "float32")]
-    if all(layer.compute_dtype == "float32" for layer in layers):
-        return model
+    return model if all(layer.compute_dtype == "float32" for layer in layers) else in_dtype(model, "float32")
+
+
+def in_dtype(model: keras.Model, dtype: str) -> keras.Model:
+    """A copy of the model, weights included, whose layers compute in 'float32' or 'float64'."""
 
     def clone(layer):
-        return layer.__class__.from_config({**layer.get_config(), "dtype": "float32"})
+        own = {"dtype": dtype} if isinstance(layer, keras.Layer) else {}  # an operation computes in its inputs' type
+        return layer.__class__.from_config({**layer.get_config(), **own})
 
     with uncompiled(model):
         copy = keras.models.clone_model(model, clone_function=clone, recursive=True)

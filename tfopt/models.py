@@ -251,6 +251,16 @@ def _spec_of(model: keras.Model, input_spec: str | None) -> tuple[InputSpec, str
     return spec.with_scaling("signed"), "an assumption"
 
 
+def assumption(loaded: LoadedModel) -> str:
+    """What a user must hear of a model whose file does not say how its images are scaled; '' where it is known."""
+    if loaded.spec_from != "an assumption":
+        return ""
+    return (
+        f"warning: {loaded.name} does not say how its images are scaled: {loaded.spec.scaling} is assumed "
+        "(-1..1); if it was trained otherwise, say so with --input-spec scaling=raw|unit|torch|caffe"
+    )
+
+
 def _scaling_inside(model: keras.Model) -> str | None:
     """What the arithmetic before the first kernel takes: 'raw' pixels, 'unit' ones; None without any."""
     for operation, _, _ in calls(model):

@@ -26,7 +26,7 @@ from mobile_bench.files import atomic_path, cannot_write, write_json
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport, from_dict, to_dict
 from tfopt.data.splits import ImageData, Split
-from tfopt.technique import Context, OptimizedModel, Property, Technique
+from tfopt.technique import Context, Limits, OptimizedModel, Property, Technique
 
 _VERSIONED = ("tfopt", "tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert")
 
@@ -143,6 +143,7 @@ def run(
     keep: frozenset[Property],
     callbacks=(),
     progress: Callable[[int, int, dict], None] | None = None,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> StepResult:
     """One step, found or made. Raises whatever the technique raises; leaves nothing half-written."""
     known = find(folder, key)
@@ -151,7 +152,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
     try:
-        context = Context(data, work, teacher, keep=keep, seed=seed, progress=progress, callbacks=callbacks)
+        context = Context(
+            data, work, teacher, keep=keep, seed=seed, progress=progress, callbacks=callbacks, limits=limits
+        )
         optimized, report = technique.apply(before.open(spec), context)
         return _keep(folder, key, optimized, (*before.reports, report))
     finally:

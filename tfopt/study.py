@@ -25,11 +25,11 @@ from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.lock import held, lock_path
 from mobile_bench.records import StudyRecord, Target, Variant
-from tfopt import attest, convert, kept, steps
+from tfopt import attest, convert, kept, residual, steps
 from tfopt.data import ImageData
 from tfopt.errors import ConversionError, InputError, Problem
 from tfopt.recipe import Recipe
-from tfopt.technique import Property
+from tfopt.technique import Limits, Property
 
 STEPS_FOLDER = ".steps"
 
@@ -69,7 +69,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study shall hold. runs: timed inferences per measurement."""
+    """What a study shall hold. runs: timed inferences per measurement. limits: of each step's own process."""
 
     out: Path
     models: tuple[ModelSource, ...]
@@ -81,6 +81,7 @@ class Plan:
     runs: int = 50
     trust: bool = False
     callbacks: tuple = ()
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
 
     def __post_init__(self):
         names = [model.name for model in self.models]
@@ -314,7 +315,7 @@ class _Workshop:
             kept = "(kept from before) " if steps.find(self.steps_folder, key) else ""
             result = steps.run(
                 self.steps_folder, key, step, result, self.spec, self.loaded.model, self.data, self.plan.seed,
-                keep=carried & step.keeps, callbacks=self.plan.callbacks, progress=report,
+                keep=carried & step.keeps, callbacks=self.plan.callbacks, progress=report, limits=self.plan.limits,
             )  # fmt: skip
             training = result.reports[-1].training or {}
             self.say(Event("note", self.model.name, label, text=kept + _training_text(training)))
@@ -346,13 +347,13 @@ class _Workshop:
                 result.model_file, self.spec, schemes, folder, calibration=self.data["calibration"], work=folder,
                 trust=self.plan.trust,
             )  # fmt: skip
-        from tfopt.tfmot.client import export_quantized
+        from tfopt.tfmot import client
 
         path = folder / "int8.tflite"
         test, fingerprint = self.data["test"], self.data.fingerprint
         try:
             # The worker takes seconds to start, so it converts and answers the test split in one go.
-            outputs = export_quantized(result.quantized, self.spec, out=path, split=test)
+            outputs = client.export_quantized(result.quantized, self.spec, out=path, split=test)
         except Problem as problem:
             return [convert.Converted("int8", None, str(problem))]
         result.keep_classes(outputs, self.spec, fingerprint)
@@ -371,6 +372,15 @@ class _Workshop:
             if found_kept["not_found"]:
                 names = ", ".join(found_kept["not_found"])
                 warnings += (f"Kernels not found in the file, so their zeros and values are not checked: {names}",)
+        if converted.scheme.startswith("int8"):
+            from tfopt.tfmot import client
+
+            sources = client.sources(result.quantized) if result.quantized else None
+            floats = residual.float_tensors(converted.path, sources)
+            properties["float_tensors"] = [dataclasses.asdict(tensor) for tensor in floats]
+            if floats:
+                names = ", ".join(residual.layers(floats))
+                warnings += (f"{len(floats)} tensors of this file are float, those of: {names}",)
         test, fingerprint = self.data["test"], self.data.fingerprint
         images = attest.save_split(test, self.spec, self.work)
         progress = lambda done, total, _: self.say(Event("evaluate", self.model.name, name, done, total))

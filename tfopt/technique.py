@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport
-from tfopt.errors import RecipeError, unknown_name
+from tfopt.errors import InputError, RecipeError, unknown_name
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,6 +50,32 @@ class OptimizedModel:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """When a step that works in a process of its own (prune, cluster, qat) is ended; None: never.
+
+    minutes: wall clock. memory_gb: resident, in units of 10^9 bytes; Linux only.
+    """
+
+    minutes: float | None = None
+    memory_gb: float | None = None
+
+    def __post_init__(self):
+        for name, value in (("minutes", self.minutes), ("memory_gb", self.memory_gb)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < 1e6):
+                raise InputError(
+                    f"The limit of a step, {name}, is out of range", received=repr(value), allowed="above 0"
+                )
+
+    def for_job(self) -> dict:
+        """As mobile_bench.jobs.run_job takes them."""
+        return {
+            "timeout_s": None if self.minutes is None else 60 * self.minutes,
+            "memory_bytes": None if self.memory_gb is None else int(1e9 * self.memory_gb),
+        }
+
+
+@dataclass(frozen=True)
 class Context:
     """What a step may use.
 
@@ -64,6 +90,7 @@ class Context:
     seed: int = 0
     progress: Callable[[int, int, dict], None] | None = None
     callbacks: Sequence = ()
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, kw_only=True)

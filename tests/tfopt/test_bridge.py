@@ -177,6 +177,16 @@ class Doubled(layers.Dense):
         return 2 * super().call(inputs)
 
 
+class Unregistered(Doubled):
+    pass
+
+
+def test_a_layer_of_an_unknown_class_is_refused_with_what_to_register():
+    image = keras.Input((8, 8, 3))
+    with pytest.raises(ModelRefused, match=r"Layer odd .*Unregistered.*register_keras_serializable"):
+        bridge.describe(keras.Model(image, Unregistered(4, name="odd")(image)))
+
+
 def _own_relu(x):
     return keras.ops.maximum(x, 0)
 
@@ -185,12 +195,12 @@ def _own_relu(x):
     ("make", "layer", "kind"),
     [
         (lambda x: layers.Lambda(lambda t: t * 2, name="odd")(x), "odd", "Lambda"),
-        (lambda x: layers.LayerNormalization(name="odd")(x), "odd", "LayerNormalization"),
-        (lambda x: Doubled(4, name="odd")(x), "odd", "Doubled"),
+        (lambda x: layers.TimeDistributed(layers.Dense(2), name="odd")(x), "odd", "holds other layers"),
+        (lambda x: layers.LayerNormalization(rms_scaling=True, name="odd")(x), "odd", "rms_scaling"),
         (lambda x: layers.Conv2D(4, 1, activation=_own_relu, name="odd")(x), "odd", "_own_relu"),
-        (lambda x: layers.Conv2D(4, 1, dtype="mixed_float16", name="odd")(x), "odd", "float16"),
         (lambda x: keras.ops.roll(x, 1), "roll", "Roll"),
-        (lambda x: x * np.arange(3.0), "multiply", "shape (3,)"),
+        (lambda x: keras.ops.mean(x, axis=0, keepdims=True) + x, "mean", "over the batch"),
+        (lambda x: keras.ops.concatenate(keras.ops.split(x, [1], axis=0), axis=0), "split", "split of the batch"),
     ],
 )
 def test_a_layer_that_cannot_cross_is_named(make, layer, kind):

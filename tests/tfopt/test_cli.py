@@ -81,6 +81,7 @@ def test_convert_writes_a_file_that_evaluate_can_read(trained_file, tmp_path):
     printed = json.loads(done.stdout)
     expected = {"schema_version": 1, "path": str(out), "scheme": "dynamic", "size_bytes": out.stat().st_size}
     assert expected.items() <= printed.items() and len(printed["files"]) == 1
+    assert "does not say how its images are scaled" not in done.stderr
     found = json.loads(tfopt("evaluate", out, "--data", "digits", "--reference", trained_file, "--json").stdout)
     assert found["top1"] > 0.8 and found["agreement"] > 0.95
 
@@ -133,6 +134,7 @@ def test_help_teaches_every_command():
         (["sensitivity", "text.keras", "--data", "digits", "--picture", "layers.png"], "a name that ends in .svg"),
         (["convert", "text.keras", "--scheme", "int4"], "There is no scheme of that name"),
         (["convert", "text.keras", "--scheme", "int8"], "needs images to calibrate on"),
+        (["convert", "text.keras", "--scheme", "float32", "--calibration-ranges", "mse"], "mse, with float32"),
         (["convert", "keras:ResNet5", "--scheme", "float32"], "Did you mean ResNet50"),
         (["study", "-m", "text.keras", "--data", "digits", "-r", "prun", "--out", "o"], "Did you mean prune"),
         (["study", "-m", "text.keras", "--data", "digits", "--train", "stepz=3", "--out", "o"], "Did you mean steps"),

@@ -308,7 +308,8 @@ def test_training_begins_only_where_repairs_are_not_enough(depthwise_file, tmp_p
     ("change", "word"),
     [({"qat_steps": -1}, "training steps"),
      ({"max_drop": 5}, "max_drop"), ({"min_agreement": -1}, "min_agreement"), ({"max_size": 0.5}, "max_size"),
-     ({"spend": "money"}, "money"), ({"choice_images": 0}, "choice images")],
+     ({"spend": "money"}, "money"), ({"choice_images": 0}, "choice images"),
+     ({"keep": {"dense": "weight8"}, "mixed": False}, "keep dense, without mixed")],
 )  # fmt: skip
 def test_bad_options_are_named_before_any_work(change, word):
     with pytest.raises(Problem, match=word):
@@ -317,9 +318,12 @@ def test_bad_options_are_named_before_any_work(change, word):
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [(("--min-agreement", "0.98"), "50 to 100 percent"), (("--max-drop", "-1"), "0 to 100 points")],
-)
-def test_the_command_speaks_of_percent_as_its_options_do(depthwise_file, args, words):
+    [
+        (("--min-agreement", "0.98"), "50 to 100 percent"), (("--max-drop", "-1"), "0 to 100 points"),
+        (("--qat-steps", "10"), "without --qat"), (("--qat", "--qat-steps", "0"), "1 and above"),
+    ],
+)  # fmt: skip
+def test_the_command_speaks_of_its_own_options(depthwise_file, args, words):
     with pytest.raises(Problem, match=words):
         app(["rescue", str(depthwise_file), "--data", "digits", *args], standalone_mode=False)
 

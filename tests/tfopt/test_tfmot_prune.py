@@ -264,7 +264,7 @@ shapes = {"conv": (3, 3, 6, 8), "deep": (3, 3, 8, 1), "point": (1, 1, 8, 7), "up
 kinds = {"conv": ("Conv2D", dict(filters=8, kernel_size=3)), "deep": ("DepthwiseConv2D", dict(kernel_size=3)),
          "point": ("Conv2D", dict(filters=7, kernel_size=1)), "up": ("Conv2DTranspose", dict(filters=4, kernel_size=2))}
 nodes = tuple(Node(n, k, {**c, "use_bias": False}, (n + ":0",), n) for n, (k, c) in kinds.items())
-graph = Graph("m", (12, 12, 6), nodes, tuple(Call(n.name, (i,), i + 1) for i, n in enumerate(nodes)), 4)
+graph = Graph("m", ((12, 12, 6),), nodes, tuple(Call(n.name, (i,), i + 1) for i, n in enumerate(nodes)), (4,))
 weights = {n + ":0": rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
 
 def pruned(**settings):

@@ -51,6 +51,11 @@ def rescue(
     qat_steps: where all that is not enough, train for int8 on the train split, with its labels, for so many batches;
     0 never does. Raises InputError for a value out of range, ConversionError where the model has no full int8 form.
     """
+    if keep and not mixed:
+        raise InputError(
+            "Full int8 has no layers in float", received=f"keep {', '.join(keep)}, without mixed",
+            allowed="one of them", next_step="Leave out --keep, or --full-int8",
+        )  # fmt: skip
     _check(max_drop, min_agreement, max_size, spend, qat_steps, calibration_images, choice_images, test_images)
     _check_data(data, train=bool(qat_steps))
     from tfopt import convert as conversion
@@ -114,6 +119,8 @@ def rescue_file(
     refuse_tflite(model)
     images = data_sets.load(data)
     loaded = models.load(model, input_spec=input_spec, trust=trust)
+    if (assumed := models.assumption(loaded)) and on_progress:
+        on_progress({"warning": assumed})
     models.check_classes(loaded, images.class_names)
     rescued = rescue(
         models.with_labels(loaded, images.class_names), images, trust=trust, on_progress=on_progress, **options

@@ -15,6 +15,7 @@ from mobile_bench.errors import InputError
 from mobile_bench.records import SCHEMA_VERSION
 
 _SHOWN_LAYERS = 5
+QAT_STEPS = 300
 
 
 def command(
@@ -37,7 +38,9 @@ def command(
     qat: Annotated[
         bool, typer.Option("--qat", help="Where all that is not enough, train for int8: needs labels, and takes longer")
     ] = False,
-    qat_steps: Annotated[int, typer.Option(help="With --qat: how many batches")] = 300,
+    qat_steps: Annotated[
+        int | None, typer.Option(help="With --qat: how many batches [default: 300]", show_default=False)
+    ] = None,
     calibration_images: Annotated[int, typer.Option(help="Images that layers are fitted to, without labels")] = 100,
     choice_images: Annotated[int, typer.Option(help="Validation images that decide which repairs stay")] = 300,
     test_images: Annotated[int, typer.Option(help="Test images, looked at once at the end")] = 1000,
@@ -61,6 +64,12 @@ def command(
 
     _check_percent("--max-drop", max_drop, 0, "points of top-1")
     _check_percent("--min-agreement", min_agreement, 50, "percent of the images")
+    if qat_steps is not None and (not qat or qat_steps < 1):
+        raise InputError(
+            "Steps of training are for --qat",
+            received=f"--qat-steps {qat_steps}{'' if qat else ' without --qat'}",
+            allowed="1 and above, with --qat",
+        )  # fmt: skip
     out = out or Path(f"{Path(model.removeprefix('keras:')).stem}-rescued.tflite")
     check_writable(out)
     console = Console(stderr=True)
@@ -69,7 +78,8 @@ def command(
             model, data, out, input_spec=input_spec or None, trust=trust, max_drop=max_drop / 100,
             min_agreement=min_agreement / 100, mixed=mixed, max_size=max_size, spend=spend,
             keep={name: kind or "weight8" for name, _, kind in (one.partition("=") for one in keep or [])},
-            qat_steps=qat_steps if qat else 0, calibration_images=calibration_images, choice_images=choice_images,
+            qat_steps=(qat_steps or QAT_STEPS) if qat else 0, calibration_images=calibration_images,
+            choice_images=choice_images,
             test_images=test_images,
             on_progress=lambda message: _progress(console, status, message),
         )  # fmt: skip
@@ -95,6 +105,8 @@ def _progress(console: Console, status, message: dict) -> None:
             f"{rung['name']}: agreement {score['agreement']:.1%}{'' if rung['kept'] else ', not kept'}", style="dim",
             highlight=False,
         )  # fmt: skip
+    elif message.get("warning"):
+        console.print(message["warning"], style="yellow", highlight=False, markup=False, soft_wrap=True)
     elif message.get("total"):
         status.update(f"{message['what']}: {message['done']} of {message['total']}")
     elif message.get("what"):

@@ -22,11 +22,15 @@ _LARGEST = 2**31 - 1
 
 
 def twins(floats: Graph, quantized: Graph) -> list[tuple[Layer, Layer]]:
-    """The layers of both files, paired: the converter keeps their order, kinds and shapes.
+    """The layers of both files, paired by name, or by order where a layer is called twice.
 
-    Raises ConversionError where it has not.
+    Branches may come in another order in either file. Raises ConversionError where the layers are not the same.
     """
     pairs = list(zip(floats.layers(), quantized.layers()))
+    plain = lambda layer: layer.name.rpartition("/")[2].removeprefix("quant_")
+    others = {plain(other): other for _, other in pairs}
+    if others.keys() == {plain(one) for one, _ in pairs} and len(others) == len(pairs):
+        pairs = [(one, others[plain(one)]) for one, _ in pairs]
     if len(floats.layers()) != len(quantized.layers()):
         raise ConversionError(
             "The quantized file has other layers than the float one",

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mobile_bench.records import StepReport
-from tfopt.errors import ModelRefused, TrainingError
+from mobile_bench.records import Skip, StepReport
+from tfopt.errors import InputError, ModelRefused, TrainingError
 from tfopt.kept import distinct, is_clustered
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
@@ -30,6 +30,8 @@ class QuantizeAware(Technique):
     The zeros of a sparse model stay zero and the kernels of a clustered one keep no more values than they have (PQAT,
     CQAT and, with both, PCQAT): which of them it is, the model says by what it carries. The result carries the
     fake-quantized model as a file, from which int8 conversion starts, and its float weights in a Keras 3 model.
+    exclude: layers with a kernel that stay in float, by name, pattern or type; the file holds their weights in float16.
+    strict: look first, by converting the untrained model, and refuse one that would not end in whole numbers.
     """
 
     name: ClassVar[str] = "qat"
@@ -38,13 +40,20 @@ class QuantizeAware(Technique):
         {Property.SPARSE, Property.CLUSTERED, Property.NARROW, Property.LOW_RANK}
     )
 
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=200, learning_rate=2e-4, evaluations=2, validation_images=2000)
     )
 
+    def __post_init__(self):
+        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+        if not isinstance(self.strict, bool):
+            raise InputError("strict is neither true nor false", received=repr(self.strict))
+
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         from tfopt.graph import count_macs, count_parameters
-        from tfopt.tfmot import client
+        from tfopt.tfmot import client, foresight, kernels
 
         started = time.monotonic()
         if Property.FAKE_QUANT in optimized.properties:
@@ -52,9 +61,12 @@ class QuantizeAware(Technique):
         carried = optimized.properties | context.keep
         sparse, clustered = Property.SPARSE in carried, Property.CLUSTERED in carried
         quantized = Path(context.work) / QUANTIZED_FILE
+        left_out = kernels.left_out(optimized.model, self.exclude) if self.exclude else ()
+        if self.strict:
+            foresight.check(foresight.foresee(optimized.model, optimized.spec, self.exclude), self.exclude)
         trained = client.train(
             "quantize", optimized, context, self.train, keep_zeros=sparse, keep_clusters=clustered,
-            quantized=str(quantized.resolve()),
+            quantized=str(quantized.resolve()), exclude=list(left_out),
         )  # fmt: skip
         properties = _zeros_kept(trained) if sparse else {}
         properties |= _clusters_kept(trained) if clustered else {}
@@ -70,7 +82,7 @@ class QuantizeAware(Technique):
             technique=self.name,
             settings=self.settings(),
             touched=client.touched(trained.result["quantized"]),
-            skipped=(),
+            skipped=tuple(Skip(layer, "excluded by the recipe") for layer in _sources(trained, left_out)),
             parameters_before=count_parameters(optimized.model),
             parameters_after=count_parameters(trained.model),
             macs_before=count_macs(optimized.model),
@@ -80,6 +92,10 @@ class QuantizeAware(Technique):
             properties=properties,
             notes=notes,
         )
+
+
+def _sources(trained, nodes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(node.source for node in trained.graph.nodes if node.name in nodes))
 
 
 def _zeros_kept(trained) -> dict:

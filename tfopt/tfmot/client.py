@@ -22,6 +22,7 @@ from mobile_bench.jobs import run_job
 from mobile_bench.records import Skip
 from tfopt.data.splits import Split
 from tfopt.errors import InputError, ModelRefused, RecipeError
+from tfopt.graph import in_dtype, in_float32
 from tfopt.technique import Context, OptimizedModel
 from tfopt.tfmot import bridge, neutral
 from tfopt.tfmot.kernels import check_numbers
@@ -78,10 +79,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     check_numbers(graph, before)
     _check_classes(context.data["train"])
     work = Path(context.work)
-    with _exchange(work) as folder:
-        images = _probe(spec)
-        outputs = np.asarray(model(images, training=False), np.float32)
-        neutral.save(folder / "model.npz", graph, {**before, "probe:images": images, "probe:outputs": outputs})
+    with exchange(work) as folder:
+        _save(folder / "model.npz", model, spec, graph, before)
         validation = context.data["validation"].balanced(config.validation_images or len(context.data["validation"]))
         splits = {"train": context.data["train"], "validation": validation}
         result = run_job(
@@ -99,12 +98,30 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
             work,
             on_progress=_relay(context),
             environment=ENVIRONMENT,
+            **context.limits.for_job(),
         )
         after = neutral.load_arrays(folder / "weights.npz")
     expected = after.pop("probe:outputs")
     trained = bridge.with_weights(model, after)
     _check(trained, after.pop("probe:images"), expected)
     return Trained(trained, before, after, result.pop("training"), result, graph)
+
+
+def crossing(model: keras.Model, spec: InputSpec) -> float:
+    """How far the model's answers are apart from those of its rebuilt form, in units of the larger of 1 and the largest
+    answer. Raises ModelRefused where it cannot be rebuilt."""
+    with exchange(Path(tempfile.gettempdir())) as folder:
+        hand_over(folder / "model.npz", model, spec)
+        job = {"operation": "cross", "model": str(folder / "model.npz")}
+        return run_job(WORKER, job, folder, environment=ENVIRONMENT)["difference"]
+
+
+def hand_over(path: Path, model: keras.Model, spec: InputSpec) -> neutral.Graph:
+    """Write a model for the worker. Raises ModelRefused where it cannot cross or has weights that are no numbers."""
+    graph, weights = bridge.describe(model)
+    check_numbers(graph, weights)
+    _save(path, model, spec, graph, weights)
+    return graph
 
 
 def convert_quantized(quantized: Path, out: Path, spec: InputSpec) -> None:
@@ -127,18 +144,38 @@ def export_quantized(
     """Both of the above in one process, which saves one start of it: convert if `out`, predict if `split`."""
     from tfopt.convert import embed_spec
 
-    with _exchange(Path(tempfile.gettempdir())) as folder:
+    with exchange(Path(tempfile.gettempdir())) as folder:
         job = {"operation": "export", "quantized": str(Path(quantized).resolve()), "spec": spec.to_dict()}
         if split is not None:
             job |= {"outputs": str(folder / "outputs.npy"), "split": write_split(split, folder / "split")}
         if out is not None:
-            job["tflite"] = str(folder / "model.tflite")
-        run_job(WORKER, job, folder, environment=ENVIRONMENT, timeout_s=EXPORT_TIMEOUT_S)
+            job |= {"tflite": str(folder / "model.tflite"), "float": str(folder / "float.tflite")}
+        found = run_job(WORKER, job, folder, environment=ENVIRONMENT, timeout_s=EXPORT_TIMEOUT_S)
         if out is not None:
-            content = embed_spec((folder / "model.tflite").read_bytes(), spec)
+            content = (folder / "model.tflite").read_bytes()
+            if found["floats"]:
+                content = _in_float((folder / "float.tflite").read_bytes(), content, found["floats"])
+            content = embed_spec(content, spec)
             with atomic_path(out) as temporary:
                 temporary.write_bytes(content)
         return None if split is None else np.load(folder / "outputs.npy", allow_pickle=False)
+
+
+def _in_float(floats: bytes, quantized: bytes, names: list[str]) -> bytes:
+    """The int8 file with some layers in float: the converter itself rounds any kernel between two rounded tensors."""
+    from tfopt.rescue.graph import Graph
+    from tfopt.rescue.lift import lift
+    from tfopt.rescue.refit import twins
+
+    float_graph, graph = Graph(floats), Graph(quantized)
+    own = lambda layer: {part.removeprefix("quant_") for part in layer.name.split("/")}
+    chosen = {twin.operator: "float16" for layer, twin in twins(float_graph, graph) if own(layer) & set(names)}
+    return lift(float_graph, graph, chosen).pack()
+
+
+def sources(quantized: Path) -> dict[str, str]:
+    """The layers of a fake-quantized model file: the name in its .tflite -> the user's name."""
+    return {node.name: node.source for node in neutral.load(Path(quantized))[0].nodes}
 
 
 def write_split(split: Split, folder: Path) -> dict[str, str]:
@@ -168,8 +205,16 @@ def skips(rows: list) -> tuple[Skip, ...]:
 
 def notes(trained: Trained) -> tuple[str, ...]:
     """What a reader of the report must know about the crossing."""
-    dropped = trained.graph.dropped
-    return (f"Layers that act in training only took no part: {', '.join(dropped)}",) if dropped else ()
+    found: tuple[str, ...] = ()
+    if trained.graph.dropped:
+        found += (f"Layers that act in training only took no part: {', '.join(trained.graph.dropped)}",)
+    whole = in_float32(trained.model)
+    if whole is not trained.model:
+        images = np.random.default_rng(0).uniform(-1, 1, (_PROBE_IMAGES, *trained.graph.shape)).astype(np.float32)
+        answers = [np.asarray(model(images, training=False), np.float64) for model in (trained.model, whole)]
+        apart = float(np.max(np.abs(answers[0] - answers[1])))
+        found += (f"Trained in float32; the model in its mixed precision answers within {apart:.2g} of that",)
+    return found
 
 
 def _file_of(array: np.ndarray) -> Path | None:
@@ -185,7 +230,7 @@ def _file_of(array: np.ndarray) -> Path | None:
 
 
 @contextmanager
-def _exchange(parent: Path) -> Iterator[Path]:
+def exchange(parent: Path) -> Iterator[Path]:
     """A folder for files that only the two processes need; removed in the end."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="exchange-", dir=parent.resolve()))
@@ -195,18 +240,31 @@ def _exchange(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _save(path: Path, model: keras.Model, spec: InputSpec, graph: neutral.Graph, weights: neutral.Weights) -> None:
+    """The model for the worker, with what it answers to some images."""
+    if len(graph.shapes) != 1 or len(graph.outputs) != 1 or len(graph.shape) != 3:
+        raise ModelRefused(
+            "The model is not an image classifier", received=f"{len(graph.shapes)} inputs of {graph.shapes}, "
+            f"{len(graph.outputs)} outputs", allowed="one image in and one row of scores out",
+        )  # fmt: skip
+    images = _probe(spec)
+    outputs = np.asarray(in_float32(model)(images, training=False), np.float32)
+    neutral.save(path, graph, {**weights, "probe:images": images, "probe:outputs": outputs})
+
+
 def _probe(spec: InputSpec) -> np.ndarray:
     pixels = np.random.default_rng(0).integers(0, 256, (_PROBE_IMAGES, *spec.shape), np.uint8)
     return spec.normalize(pixels)
 
 
 def _check(model: keras.Model, images: np.ndarray, expected: np.ndarray) -> None:
-    answers = lambda pixels: np.asarray(model(pixels, training=False))
-    apart = lambda other: float(np.max(np.abs(answers(images) - other)))
-    # A network whose answers the last bit of a pixel moves by more than the tolerance is moved by rounding alike.
-    rounding = 16 * apart(answers(images * np.float32(1 + 2**-22)))
-    difference = apart(expected)
-    if not difference <= max(TOLERANCE * max(1.0, float(np.max(np.abs(expected)))), rounding):
+    own = np.asarray(in_float32(model)(images, training=False))
+    difference = float(np.max(np.abs(own - expected)))
+    if not difference <= TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+        # Float32 alone may part two sums of the same numbers by more: the exact answer tells by how much.
+        exact = np.asarray(in_dtype(model, "float64")(images.astype(np.float64), training=False))
+        difference = neutral.beyond_rounding(own, expected, exact)
+    if not difference <= TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
         raise ModelRefused(
             "The model does not answer the same once the trained weights are back in it",
             received=f"{model.name}, difference {difference:.2g}",

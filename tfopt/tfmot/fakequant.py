@@ -44,6 +44,8 @@ class FakeQuantized:
     def __init__(self, graph: Graph, weights: Weights, *, keep_zeros: bool = False, keep_clusters: bool = False):
         self.graph = graph
         self._rounding = plan(graph)
+        for name in graph.floats:  # its weights stay as they are; its answer is rounded for those that read it
+            self._rounding[name] = "none" if self._rounding[name] == "fused kernel" else "output"
         self._registry = registry.Default8BitQuantizeRegistry()
         self._keep = {"zeros": keep_zeros, "clusters": keep_clusters}
         self._preserving: list[PreservingQuantizer] = []

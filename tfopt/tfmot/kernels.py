@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from mobile_bench.records import Skip
-from tfopt.errors import ModelRefused, unknown_name
+from tfopt.errors import InputError, ModelRefused, unknown_name
 from tfopt.tfmot import bridge
 from tfopt.tfmot.neutral import Graph, Node, Weights
 
@@ -48,7 +48,7 @@ class Kernel:
         return shape[-1] if self.kind == "Conv2DTranspose" else shape[-2] if len(shape) > 1 else 1
 
     def fits(self, pattern: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for name in self.names)
+        return _fits(self.names, pattern)
 
     def setting(self, layers: Mapping[str, float], default):
         """What `layers` says of this kernel: by name before by pattern (the first that fits) before by type."""
@@ -96,6 +96,23 @@ def choose(
     return kernels, skipped
 
 
+def left_out(model: keras.Model, exclude: Sequence[str]) -> tuple[str, ...]:
+    """The nodes with kernels that fit one of the names, patterns or types; InputError for one that none fits."""
+    graph, _ = bridge.describe(model)
+    types = {name: type(layer).__name__ for name, layer in bridge.named_layers(model)}
+    check_names(exclude, graph, types)
+    found: dict[str, str] = {}
+    for pattern in exclude:
+        own = [node for node in graph.nodes if node.kind in KERNELS and _fits(_names(node, types), pattern)]
+        if not own:
+            raise InputError(
+                "Only layers with a kernel can be left out: the others compute as these do", received=pattern,
+                allowed=", ".join(node.source for node in graph.nodes if node.kind in KERNELS),
+            )  # fmt: skip
+        found.update((node.name, node.source) for node in own)
+    return tuple(found)
+
+
 def check_any(kernels: Sequence[Kernel], model: keras.Model, exclude: Sequence[str], verb: str) -> None:
     """Raise ModelRefused where nothing is left to work on."""
     if not kernels:
@@ -124,6 +141,10 @@ def check_numbers(graph: Graph, weights: Weights) -> None:
                     received=f"{int(np.sum(~np.isfinite(weights[key])))} of {weights[key].size}",
                     next_step="Train the model again with a lower learning rate, or load an earlier checkpoint",
                 )
+
+
+def _fits(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _names(node: Node, types: Mapping[str, str]) -> tuple[str, ...]:

@@ -24,8 +24,7 @@ def as_convolutions(graph: Graph, weights: Weights) -> tuple[Graph, Weights, lis
     Left as they are: norms of rows instead of images, of another axis than the channels, and those without gamma or
     beta that would have to take up what the training changes.
     """
-    images = _images(graph)
-    replaced = [node for node in unfolded(graph) if node.name in images and _by_channel(node)]
+    replaced = [node for node in unfolded(graph) if node.rank == 4 and _by_channel(node)]
     if not replaced:
         return graph, weights, []
     names, weights = {node.name for node in replaced}, dict(weights)
@@ -69,19 +68,3 @@ def _by_channel(node: Node) -> bool:
     axis = node.config.get("axis", -1)
     axis = axis[0] if isinstance(axis, (list, tuple)) and len(axis) == 1 else axis
     return axis in (-1, 3) and len(node.weights) == 4
-
-
-def _images(graph: Graph) -> set[str]:
-    """The nodes that are given images, (batch, height, width, channels)."""
-    nodes = {node.name: node for node in graph.nodes}
-    ranks = {0: 4}
-    given: dict[str, set[int]] = {}
-    for call in graph.calls:
-        node, rank = nodes[call.node], ranks[call.inputs[0]]
-        given.setdefault(call.node, set()).add(rank)
-        if node.kind == "Flatten" or (node.kind.startswith("Global") and not node.config.get("keepdims")):
-            rank = 2
-        elif node.kind == "Reshape":
-            rank = 1 + len(node.config["target_shape"])
-        ranks[call.output] = rank
-    return {name for name, found in given.items() if found == {4}}

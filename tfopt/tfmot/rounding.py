@@ -15,7 +15,7 @@ KERNELS = ("Conv2D", "DepthwiseConv2D", "Dense", "Conv2DTranspose")
 #: operations whose int8 output has the scale of their input, or a fixed one, in TFLite
 _TRANSPARENT = (
     "Flatten", "Reshape", "Permute", "ZeroPadding2D", "Cropping2D", "Dropout", "SpatialDropout2D", "MaxPooling2D",
-    "AveragePooling2D", "GlobalMaxPooling2D", "UpSampling2D", "Softmax",
+    "AveragePooling2D", "GlobalMaxPooling2D", "UpSampling2D", "Softmax", "MultiHeadAttention",
 )  # fmt: skip
 _FIXED_SCALE = ("softmax", "sigmoid", "tanh", "linear")
 
@@ -27,7 +27,7 @@ def plan(graph: Graph) -> dict[str, str]:
     """
     nodes = {node.name: node for node in graph.nodes}
     producer = {call.output: call.node for call in graph.calls}
-    consumers: dict[int, list[str]] = defaultdict(list, {graph.output: [""]})
+    consumers: dict[int, list[str]] = defaultdict(list, {number: [""] for number in graph.outputs})
     for call in graph.calls:
         for number in call.inputs:
             consumers[number].append(call.node)
@@ -49,7 +49,11 @@ def plan(graph: Graph) -> dict[str, str]:
         if node.kind in KERNELS:
             fuses = node.config.get("activation", "linear") == "linear" and (before_relu or leads_to(node, folds))
             rounding[node.name] = "fused kernel" if fuses else "kernel"
-        elif node.kind in _TRANSPARENT or (node.kind == "Activation" and node.config["activation"] in _FIXED_SCALE):
+        elif (
+            node.kind in _TRANSPARENT
+            or _keeps_scale(node)
+            or (node.kind == "Activation" and node.config["activation"] in _FIXED_SCALE)
+        ):
             rounding[node.name] = "none"
         elif node.kind == "Add" or (
             folds(node) and {rounding.get(name) for name in sources[node.name]} == {"fused kernel"}
@@ -65,6 +69,11 @@ def plan(graph: Graph) -> dict[str, str]:
             if rounding[name] == "output" and feeds_only_this:
                 rounding[name] = "none"
     return rounding
+
+
+def _keeps_scale(node: Node) -> bool:
+    function = node.config.get("function") if node.kind == "Function" else ""
+    return function in ("slice", "pad") or (function == "reduce" and node.config["how"] in ("max", "min"))
 
 
 def unfolded(graph: Graph) -> list[Node]:

@@ -2,10 +2,13 @@
 
 | operation  | reads                                   | leaves                                          |
 |------------|-----------------------------------------|-------------------------------------------------|
+| cross      | model.npz                               | how far the rebuilt model's answers are apart   |
 | prune      | model.npz, splits                       | weights.npz                                     |
 | cluster    | model.npz, splits                       | weights.npz                                     |
 | quantize   | model.npz, splits                       | weights.npz, the fake-quantized model           |
-| export     | a fake-quantized model, perhaps a split | an int8 .tflite, the model's outputs, or both   |
+| export     | a fake-quantized model, perhaps a split | an int8 .tflite, a float one where layers were  |
+|            |                                         | left out, the model's outputs, or all of them   |
+| foresee    | model.npz                               | the untrained fake-quantized model              |
 | savedmodel | a SavedModel folder                     | an .h5 file, and what the model answers         |
 
 The client writes the job and says where everything lies; see client.py for the fields.
@@ -18,6 +21,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"  # TFMOT's Keras is tf_keras; only ever said in this process
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,8 +40,16 @@ _TOLERANCE = 1e-5
 
 
 def main(job: dict, emit: Callable[..., None]) -> dict:
-    operations = {"prune": prune, "cluster": cluster, "quantize": quantize, "export": export, "savedmodel": savedmodel}
+    operations = {
+        "cross": cross, "prune": prune, "cluster": cluster, "quantize": quantize, "export": export,
+        "foresee": foresee, "savedmodel": savedmodel,
+    }  # fmt: skip
     return operations[job["operation"]](job, emit)
+
+
+def cross(job: dict, emit) -> dict:
+    graph, arrays = neutral.load(Path(job["model"]))
+    return {"difference": _difference(graph, arrays)}
 
 
 def prune(job: dict, emit) -> dict:
@@ -68,6 +80,7 @@ def quantize(job: dict, emit) -> dict:
 
     graph, weights = _model(job)
     whole, own, replaced = norms.as_convolutions(graph, weights)
+    whole = dataclasses.replace(whole, floats=tuple(job.get("exclude", ())))
     config = TrainConfig.from_dict(job["train"])
     train, spec = _split(job["splits"]["train"]), InputSpec.from_dict(job["spec"])
     quantized = FakeQuantized(whole, own, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False))
@@ -85,8 +98,10 @@ def quantize(job: dict, emit) -> dict:
 
 def export(job: dict, emit) -> dict:
     from tfopt.tfmot.fakequant import FakeQuantized
+    from tfopt.tfmot.rebuild import build
 
-    model = FakeQuantized.load(Path(job["quantized"])).model
+    loaded = FakeQuantized.load(Path(job["quantized"]))
+    model = loaded.model
     spec = InputSpec.from_dict(job["spec"])
     if job.get("outputs"):
         emit("progress", doing="predict")
@@ -96,7 +111,26 @@ def export(job: dict, emit) -> dict:
     if job.get("tflite"):
         emit("progress", doing="convert")
         write_bytes(job["tflite"], _convert(model, spec))
-    return {}
+        if loaded.graph.floats:
+            write_bytes(job["float"], _convert(build(loaded.graph, loaded.weights())[0], spec, whole_numbers=False))
+    return {"floats": list(loaded.graph.floats)}
+
+
+def foresee(job: dict, emit) -> dict:
+    """An int8 file of the untrained model: what its operations are does not depend on what it has learned."""
+    from tfopt.tfmot import norms
+    from tfopt.tfmot.fakequant import FakeQuantized
+
+    graph, weights = _model(job)
+    whole, own, replaced = norms.as_convolutions(graph, weights)
+    whole = dataclasses.replace(whole, floats=tuple(job["exclude"]))
+    spec = InputSpec.from_dict(job["spec"])
+    quantized = FakeQuantized(whole, own)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, *spec.shape), np.uint8)
+    emit("progress", doing="calibrate")
+    quantized.calibrate([spec.normalize(pixels)], spec)
+    quantized.save(Path(job["quantized"]))
+    return {"norms": [node.source for node in replaced]}
 
 
 def savedmodel(job: dict, emit) -> dict:
@@ -137,13 +171,9 @@ def savedmodel(job: dict, emit) -> dict:
 
 def _model(job: dict) -> tuple[neutral.Graph, neutral.Weights]:
     """The job's model, once it is certain that its rebuilt form answers as the user's own does."""
-    from tfopt.tfmot.rebuild import build
-
     graph, arrays = neutral.load(Path(job["model"]))
-    images, expected = arrays.pop("probe:images"), arrays.pop("probe:outputs")
-    model, _ = build(graph, arrays)
-    difference = float(np.max(np.abs(model(images, training=False).numpy() - expected)))
-    if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+    difference = _difference(graph, arrays)
+    if not difference <= _TOLERANCE:
         raise ModelRefused(
             "The model does not answer the same once it is rebuilt for TFMOT",
             received=f"{graph.name}, difference {difference:.2g}",
@@ -151,6 +181,23 @@ def _model(job: dict) -> tuple[neutral.Graph, neutral.Weights]:
             next_step="Use recipes without prune and qat, and report the model's architecture",
         )
     return graph, arrays
+
+
+def _difference(graph: neutral.Graph, arrays: neutral.Weights) -> float:
+    """Between the probe's answers and the rebuilt model's, as a share of the largest where that is above 1.
+
+    Takes the probe out of `arrays`. Where float32 alone may be the cause, the answer in float64 decides.
+    """
+    from tfopt.tfmot.rebuild import build, exactly
+
+    images, expected = arrays.pop("probe:images"), arrays.pop("probe:outputs")
+    own = build(graph, arrays)[0](images, training=False).numpy()
+    largest = max(1.0, float(np.max(np.abs(expected))))
+    difference = float(np.max(np.abs(own - expected))) / largest
+    if not difference <= _TOLERANCE:
+        exact = exactly(graph, arrays)(images.astype(np.float64), training=False).numpy()
+        difference = neutral.beyond_rounding(own, expected, exact) / largest
+    return difference
 
 
 def _finish(job: dict, graph: neutral.Graph, weights: neutral.Weights) -> str:
@@ -180,7 +227,7 @@ def _split(files: dict) -> Split:
     return Split(np.asarray(arrays["labels"]), np.asarray(arrays["hashes"]), arrays.get("images"), arrays.get("paths"))
 
 
-def _convert(model, spec: InputSpec) -> bytes:
+def _convert(model, spec: InputSpec, whole_numbers: bool = True) -> bytes:
     import tensorflow as tf
 
     call = tf.function(lambda image: model(image, training=False))
@@ -190,8 +237,9 @@ def _convert(model, spec: InputSpec) -> bytes:
     owner = tf.Module()
     owner.kept = model.weights
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], owner)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
+    if whole_numbers:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
     try:
         return converter.convert()
     except Exception as error:

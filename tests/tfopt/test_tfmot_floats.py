@@ -1,0 +1,116 @@
+"""What computes in float in an int8 file: foreseen before training, left out by choice, and listed afterwards."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from mobile_bench.errors import JobFailed
+from mobile_bench.flatbuffer import read_model
+from mobile_bench.inputs import InputSpec
+from tfopt import attest, models, residual
+from tfopt.cli import app
+from tfopt.errors import InputError, ModelRefused
+from tfopt.technique import Context, Limits, OptimizedModel
+from tfopt.techniques.prune import Prune
+from tfopt.techniques.quantize import QuantizeAware
+from tfopt.tfmot import client, foresight
+from tfopt.training import TrainConfig, classify
+
+BRIEF = TrainConfig(steps=4, batch_size=16, learning_rate=1e-4, evaluations=1, validation_images=20)
+
+
+def softplus_inside():
+    """A layer that the converter has no integers for, between two that it has."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, activation="softplus", name="soft")(image)
+    x = layers.Conv2D(6, 3, activation="relu", name="after")(x)
+    return keras.Model(image, layers.Dense(4, activation="softmax", name="scores")(layers.Flatten()(x)), name="plus")
+
+
+def by_layer(found):
+    return {one.layer: one for one in found.layers}
+
+
+def test_what_will_be_float_is_said_before_any_training():
+    spec = InputSpec(8, 8, 3)
+    found = by_layer(foresight.foresee(softplus_inside(), spec))
+    assert found["soft"].becomes == "float" and "converter" in found["soft"].why
+    assert found["after"].becomes == found["scores"].becomes == "int8" and "CONV_2D" in found["after"].ops
+
+
+def test_a_strict_step_refuses_before_it_trains(digits, tmp_path):
+    model, spec = softplus_inside(), InputSpec(8, 8, 3)
+    stages = []
+    context = Context(digits, tmp_path, model, progress=lambda *facts: stages.append(facts))
+    with pytest.raises(ModelRefused, match="soft"):
+        QuantizeAware(strict=True, train=BRIEF).apply(OptimizedModel(model, spec), context)
+    assert not stages
+    with pytest.raises(InputError, match="strict"):
+        QuantizeAware(strict="yes")
+
+
+def test_layers_left_out_by_choice_stay_in_float(trained_file, digits, spec, tmp_path):
+    loaded = models.load(trained_file)
+    chosen = "stage2_*conv1"
+    found = by_layer(foresight.foresee(loaded.model, spec, (chosen,)))
+    left = [layer for layer, one in found.items() if one.why == "left out by choice"]
+    assert len(left) >= 1 and all(found[layer].becomes == "float" for layer in left)
+    assert found["stem"].becomes == "int8"
+    result, report = QuantizeAware(exclude=chosen, train=BRIEF).apply(
+        OptimizedModel(loaded.model, spec), Context(digits, tmp_path / "work", loaded.model)
+    )
+    assert sorted(skip.layer for skip in report.skipped) == sorted(left)
+    out, test = tmp_path / "int8.tflite", digits["test"].balanced(200)
+    outputs = client.export_quantized(result.quantized, spec, out=out, split=test)
+    tensors = residual.float_tensors(out, client.sources(result.quantized))
+    assert set(left) <= set(residual.layers(tensors)) and "stem" not in residual.layers(tensors)
+    stored = [t for t in read_model(out).main.tensors if t.dtype == "float16" and t.constant_bytes]
+    assert len(stored) == len(left)
+    answers = attest.answers(out, attest.save_split(test, spec, tmp_path), spec, tmp_path)
+    assert np.mean(answers.predictions == classify(outputs, spec)) >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("exclude", "word"),
+    [(("stm",), "stem"), (("stem_bn",), "with a kernel"), (("BatchNormalization",), "with a kernel")],
+)
+def test_only_kernel_layers_can_be_left_out(trained_file, digits, spec, tmp_path, exclude, word):
+    model = models.load(trained_file).model
+    with pytest.raises(InputError, match=word):
+        QuantizeAware(exclude=exclude).apply(OptimizedModel(model, spec), Context(digits, tmp_path, model))
+
+
+def test_a_file_in_whole_numbers_has_no_float_tensor(trained_file, spec):
+    found = foresight.foresee(models.load(trained_file).model, spec)
+    assert found.whole and {one.becomes for one in found.layers} == {"int8", "fused"}
+
+
+def test_the_precheck_command(trained_file, tmp_path, capsys):
+    app(["precheck", str(trained_file), "--json"], standalone_mode=False)
+    said = json.loads(capsys.readouterr().out)
+    assert not said["float_tensors"] and {"layer", "becomes", "ops", "why", "kind"} == set(said["layers"][0])
+    softplus_inside().save(tmp_path / "plus.keras")
+    code = app(["precheck", str(tmp_path / "plus.keras"), "--input-spec", "scaling=unit"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert code == 1 and "soft" in shown and "float" in shown
+
+
+@pytest.mark.parametrize(
+    ("limits", "word"), [(Limits(minutes=0.02), "its limit of 1.2 s"), (Limits(memory_gb=0.15), "memory")]
+)
+def test_a_step_that_takes_too_much_is_ended(trained_file, digits, spec, tmp_path, limits, word):
+    model = models.load(trained_file).model
+    with pytest.raises(JobFailed, match=word):
+        Prune(train=BRIEF).apply(OptimizedModel(model, spec), Context(digits, tmp_path, model, limits=limits))
+
+
+@pytest.mark.parametrize("limits", [{"minutes": 0}, {"memory_gb": -1}, {"minutes": "5"}])
+def test_limits_that_make_no_sense_are_refused(limits):
+    with pytest.raises(InputError, match="above 0"):
+        Limits(**limits)
