@@ -243,14 +243,21 @@ def _latency(entry: Entry, row: pd.Series, place: frames.Place | None, deadline_
 
 
 def _file(entry: Entry) -> str:
-    rows = story.tensors(entry.variant)
-    head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
-    cells = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
     origin = [(name, value) for name, value in story.origin(entry) if name != "Folder"]
-    table = (
+    floats = _rows(story.float_tensors(entry.variant))
+    floats = f"<h4>Float tensors</h4>{floats}" if floats else ""
+    return f"<h3>The file</h3>{_rows(story.tensors(entry.variant))}{floats}{_pairs(origin)}"
+
+
+def _rows(rows: list[dict[str, str]]) -> str:
+    """A table of rows with the same keys; '' for none."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    cells = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return (
         f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
     )
-    return f"<h3>The file</h3>{table if rows else ''}{_pairs(origin)}"
 
 
 def _problems(study: Study) -> str:

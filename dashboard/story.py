@@ -92,6 +92,15 @@ def tensors(variant: Variant) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def float_tensors(variant: Variant) -> list[dict[str, str]]:
+    """One row for each tensor of an int8 file that is float, with the layer that it comes from."""
+    return [
+        {"layer": tensor["layer"] or "none named", "operation": tensor["op"], "tensor": tensor["tensor"],
+         "kind": "stored" if tensor["constant"] else "computed"}
+        for tensor in variant.properties.get("float_tensors", ())
+    ]  # fmt: skip
+
+
 def origin(entry: Entry) -> list[tuple[str, str]]:
     """Where a file comes from: its hash, date, seed, how images enter it, tools."""
     variant, spec = entry.variant, entry.variant.spec
@@ -109,7 +118,10 @@ def origin(entry: Entry) -> list[tuple[str, str]]:
             )
         )
         pairs.append(("Head", spec.head))
-    pairs += [(name, text.setting(value)) for name, value in variant.properties.items() if not isinstance(value, dict)]
+    pairs += [(name, text.setting(value)) for name, value in variant.properties.items()
+              if not isinstance(value, dict) and name != "float_tensors"]  # fmt: skip
+    if "float_tensors" in variant.properties:
+        pairs.append(("Float tensors", str(len(variant.properties["float_tensors"]))))
     weights = variant.properties.get("weights")
     if isinstance(weights, dict):
         pairs.append(("Zeros in the file's kernels", f"{weights.get('sparsity', 0):.2%}"))

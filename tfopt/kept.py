@@ -79,7 +79,7 @@ def kernels(model) -> list[KernelWeights]:
     for node in graph.nodes:
         if node.trainable:
             arrays = [weights[node.weights[i]] for i in KERNELS.get(node.kind, ()) if i < len(node.weights)]
-            found += [KernelWeights(node.source, _by_channel(array, node.kind)) for array in arrays]
+            found += [KernelWeights(node.source, by_channel(array, node.kind)) for array in arrays]
     return found
 
 
@@ -135,7 +135,7 @@ def summary(rows: tuple[LayerKept, ...]) -> dict:
     }
 
 
-def _by_channel(kernel: np.ndarray, kind: str) -> np.ndarray:
+def by_channel(kernel: np.ndarray, kind: str) -> np.ndarray:
     """(height, width, in, out) and its like to (out, height · width · in), TFLite's order."""
     if kind.startswith("Depthwise"):
         return kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1]).T

@@ -123,6 +123,9 @@ def _latency(view: View, entry: Entry, row: pd.Series) -> None:
 def _file(entry: Entry) -> None:
     st.subheader("The file", divider="gray")
     st.dataframe(pd.DataFrame(story.tensors(entry.variant)), hide_index=True, height="content")
+    if floats := story.float_tensors(entry.variant):
+        with st.expander(f"{len(floats)} float tensors", icon=":material/decimal_increase:"):
+            st.dataframe(pd.DataFrame(floats), hide_index=True, height="content")
     with st.expander("Where it comes from", icon=":material/fingerprint:"):
         st.dataframe(_pairs(story.origin(entry)), hide_index=True, height="content")
 
