@@ -89,7 +89,7 @@ def train(model, architecture: str, callbacks=()):
     import tf_keras
 
     images, labels = pixels(architecture)
-    model.compile(tf_keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", jit_compile=False)
+    model.compile(tf_keras.optimizers.Adam(matrix.RATE), "sparse_categorical_crossentropy", jit_compile=False)
     model.fit(images, labels, batch_size=matrix.BATCH, epochs=1, verbose=0, callbacks=list(callbacks))
     return model
 

@@ -214,6 +214,7 @@ def test_classes_of_another_module_load_with_trust(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import their_layers
 
+    before = set(keras.saving.get_custom_objects())
     model = net(their_layers.Doubled())
     model.save(tmp_path / "m.keras")
     edited(tmp_path / "m.keras", lambda c: c["config"]["layers"][1].update(module="their_layers"))
@@ -223,7 +224,8 @@ def test_classes_of_another_module_load_with_trust(tmp_path, monkeypatch):
     try:
         same_answers(model, models.load(tmp_path / "m.keras", trust=True).model)
     finally:
-        keras.saving.get_custom_objects().clear()
+        for name in set(keras.saving.get_custom_objects()) - before:
+            del keras.saving.get_custom_objects()[name]
     edited(tmp_path / "m.keras", lambda c: c["config"]["layers"][1].update(module="nowhere_to_be_found"))
     with pytest.raises(ModelError, match=r"not installed here.*nowhere_to_be_found.*PYTHONPATH"):
         models.load(tmp_path / "m.keras", trust=True)

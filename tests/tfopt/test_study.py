@@ -59,7 +59,7 @@ def test_the_record_says_how_a_variant_came_to_be(made):
     assert step.technique == "factorize" and step.training["steps"] == 60 and step.training["images_seen"] == 1920
     assert entry.variant.macs == step.macs_after < step.macs_before
     assert entry.variant.inputs[0].dtype == "int8" and entry.variant.inputs[0].scale > 0
-    assert entry.variant.properties == {"low rank": True}
+    assert entry.variant.properties == {"low rank": True, "float_tensors": []}
     facts = result.record.models[entry.variant.model]
     assert facts["spec_from"] == "the model file" and facts["validation_top1"] > 0.8
 
