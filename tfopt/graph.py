@@ -36,16 +36,22 @@ def count_parameters(model: keras.Model) -> int:
 
 def count_macs(model: keras.Model) -> int:
     """Multiply-accumulates of one image through every kernel layer (convolutions and dense)."""
-    return sum(_macs(operation, before, after) for operation, before, after in calls(model))
+    return sum(macs for _, macs in macs_of_calls(model))
+
+
+def macs_of_calls(model: keras.Model) -> Iterator[tuple[keras.Operation, int]]:
+    """(operation, multiply-accumulates of one image) for each call."""
+    for operation, before, after in calls(model):
+        yield operation, _macs(operation, before, after)
 
 
 def _macs(layer, before: tuple, after: tuple) -> int:
     kinds = keras.layers
-    if isinstance(layer, kinds.SeparableConv2D):
+    if isinstance(layer, (kinds.SeparableConv1D, kinds.SeparableConv2D)):
         positions = _positions(after)
         depthwise, pointwise = layer.depthwise_kernel.shape, layer.pointwise_kernel.shape
         return positions * (math.prod(depthwise) + math.prod(pointwise))
-    if isinstance(layer, kinds.Conv2DTranspose):
+    if isinstance(layer, (kinds.Conv1DTranspose, kinds.Conv2DTranspose, kinds.Conv3DTranspose)):
         return _positions(before) * math.prod(layer.kernel.shape)
     if isinstance(layer, (kinds.Conv1D, kinds.Conv2D, kinds.Conv3D, kinds.DepthwiseConv2D, kinds.DepthwiseConv1D)):
         # A kernel holds (…, channels in / groups, channels out): each weight is used once a position.

@@ -126,7 +126,7 @@ class Rebuild:
             return self._models[id(model)]
         graph = graph_of(model)
         for tensor in graph.inputs:
-            shape = (self._batch or tensor.shape[0], *tensor.shape[1:])
+            shape = (self._batch or tensor.shape[0], *self.input_shape(tensor))
             self._values[id(tensor)] = keras.Input(batch_shape=shape, dtype=tensor.dtype, name=tensor.name)
         for node in nodes_of(graph):
             change = self._changes.get(id(node))
@@ -136,6 +136,10 @@ class Rebuild:
         ends = [keras.tree.map_structure(self.value, part) for part in (graph._inputs_struct, graph._outputs_struct)]
         self._models[id(model)] = built = keras.Model(*ends, name=model.name)
         return built
+
+    def input_shape(self, tensor) -> tuple:
+        """What the new model, or one inside it, takes in place of that input; without the batch."""
+        return tuple(tensor.shape[1:])
 
     def value(self, tensor):
         """The new tensor for an old one."""
@@ -149,6 +153,12 @@ class Rebuild:
         elif isinstance(operation, keras.Layer):
             operation = self.keep(operation, **settings)
         args, kwargs = node.arguments.fill_in(self._values)
+        return operation(*args, **kwargs)
+
+    def apply(self, operation, args: tuple, kwargs: dict):
+        """Call an operation with arguments as an old call had them, on the new tensors."""
+        new = lambda value: self.value(value) if isinstance(value, keras.KerasTensor) else value
+        args, kwargs = keras.tree.map_structure(new, (tuple(args), dict(kwargs)))
         return operation(*args, **kwargs)
 
     def keep(self, layer: keras.Layer, weights: list[np.ndarray] | None = None, **settings) -> keras.Layer:
