@@ -19,15 +19,10 @@ import keras
 import numpy as np
 
 from tfopt.channels import kernels, operations, shapes, values  # noqa: F401 - importing them fills the table of rules
-from tfopt.channels.ids import Ids, Keep, Label, Reason
+from tfopt.channels.ids import EXCLUDED, FIRST_OR_LAST, SHAPE, UNSUPPORTED, Ids, Keep, Label, Reason
 from tfopt.channels.rules import by_channel, find, opaque
 from tfopt.errors import InputError, ModelRefused
 from tfopt.fixes.rebuild import View, check_names, graph_of, nodes_of
-
-FIRST_OR_LAST = "first or last layer"
-EXCLUDED = "excluded by the recipe"
-UNSUPPORTED = "not supported by the technique"
-SHAPE = "shape does not allow it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +97,7 @@ class Dependencies:
         for use in self.kernels():
             if not self.free(use.ids):
                 reasons = [self.fixed[unit] for unit in self.units[use.ids.ravel()].tolist()]
-                # What a user asked for comes last: without it the channels would stay all the same.
-                order = {FIRST_OR_LAST: 0, EXCLUDED: 2}
-                found.append((use.layer.name, min(reasons, key=lambda reason: order.get(reason.kind, 1))))
+                found.append((use.layer.name, min(reasons, key=lambda reason: reason.rank)))
         return found
 
 
@@ -255,7 +248,7 @@ class Walk:
         """The channels that a kernel makes, the same ones at each of its calls."""
         if id(layer) not in self._born:
             self._born[id(layer)] = ids = self.all.new(count)
-            if matches(layer, self._exclude) or (self._include and not matches(layer, self._include)):
+            if self._include and not matches(layer, self._include):
                 self.all.fix(ids, Reason(EXCLUDED, f"{layer.name} is left alone"))
             activation = getattr(layer, "activation", None)
             if activation is not None and not by_channel(activation):
@@ -273,6 +266,8 @@ class Walk:
         else:
             index = None
         key = (id(layer), index, axis)
+        if role != "in" and matches(layer, self._exclude):
+            self.all.fix(ids, Reason(EXCLUDED, f"{layer.name} is left alone"))
         if key in self._uses:
             self.all.tie(self._uses[key].ids, ids)
         else:
@@ -310,7 +305,10 @@ def _groups(units: np.ndarray, fixed: dict, labels: dict[int, Label], uses: tupl
         if not len(members):
             continue
         each, times = np.unique(members, return_counts=True)
-        np.minimum.at(positions, group_of[each], times)
+        if use.kind == "kernel":
+            # The kernel of a grouped convolution lies along the channels of one group.
+            whole = getattr(use.layer, "groups", 1) if use.role == "in" else 1
+            np.minimum.at(positions, group_of[each], times * whole)
         if use.role == "out" and use.kind == "kernel":
             for number in np.unique(group_of[each]).tolist():
                 layers[number].setdefault(use.layer.name)

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Reasons of mobile_bench.records.SKIP_REASONS, the one that says most first: without what a user asked for, the
+#: channels might stay all the same.
+FIRST_OR_LAST = "first or last layer"
+UNSUPPORTED = "not supported by the technique"
+SHAPE = "shape does not allow it"
+EXCLUDED = "excluded by the recipe"
+_ORDER = (FIRST_OR_LAST, UNSUPPORTED, SHAPE, EXCLUDED)
+
 
 @dataclass(frozen=True, eq=False)
 class Label:
@@ -26,10 +34,14 @@ class Label:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why channels stay: a reason of mobile_bench.records.SKIP_REASONS and one sentence."""
+    """Why channels stay: one of the four above and a sentence."""
 
     kind: str
     detail: str
+
+    @property
+    def rank(self) -> int:
+        return _ORDER.index(self.kind)
 
 
 class Ids:
@@ -71,9 +83,9 @@ class Ids:
         return np.unique(roots, return_inverse=True)[1].reshape(-1) if len(roots) else roots
 
     def fixed(self, units: np.ndarray) -> dict[int, Reason]:
-        """unit -> the first reason why it stays."""
+        """unit -> why it stays."""
         found: dict[int, Reason] = {}
-        for ids, reason in self._fixed:
+        for ids, reason in sorted(self._fixed, key=lambda entry: entry[1].rank):
             for unit in units[ids].tolist():
                 found.setdefault(unit, reason)
         return found

@@ -12,7 +12,7 @@ import re
 import keras
 import numpy as np
 
-from tfopt.channels.ids import Label, Reason
+from tfopt.channels.ids import UNSUPPORTED, Label, Reason
 from tfopt.channels.rules import by_channel, channel_axis, opaque, rule
 
 kinds = keras.layers
@@ -98,7 +98,7 @@ def _one_each(walk, layer, read: np.ndarray, axis: int) -> Label:
     _bias(walk, layer, made, "along")
     walk.settings(layer, lambda keep: {"filters": keep.count(made), "groups": keep.count(read)})
     if not by_channel(layer.activation):
-        walk.all.fix(made, Reason("not supported by the technique", f"{layer.name} ends in what mixes channels"))
+        walk.all.fix(made, Reason(UNSUPPORTED, f"{layer.name} ends in what mixes channels"))
     return Label(axis, made)
 
 
@@ -123,7 +123,7 @@ def depthwise(walk, node):
     walk.use(layer, layer.kernel, -2, read, "along", "kernel")
     _bias(walk, layer, made, "along")
     if not by_channel(layer.activation):
-        walk.all.fix(made, Reason("not supported by the technique", f"{layer.name} ends in what mixes channels"))
+        walk.all.fix(made, Reason(UNSUPPORTED, f"{layer.name} ends in what mixes channels"))
     return Label(axis, made)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tfopt.channels.ids import Label
+from tfopt.channels.ids import SHAPE, Label
 from tfopt.channels.rules import opaque, rule
-
-_SHAPE = "shape does not allow it"
 
 
 @rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Std", "Var", "Prod", "Any", "All", "Logsumexp", "Median")
@@ -126,8 +124,8 @@ def part(walk, node):
         return Label(new + label.axis - old, label.ids)
     place, entry = found
     if not isinstance(entry, slice) or entry.step not in (None, 1):
-        walk.keep_inputs(node, f"{node.operation.name} picks some of them", _SHAPE)
-        return walk.fixed(out, f"{node.operation.name} picks some channels", _SHAPE)
+        walk.keep_inputs(node, f"{node.operation.name} picks some of them", SHAPE)
+        return walk.fixed(out, f"{node.operation.name} picks some channels", SHAPE)
     start, stop, _ = entry.indices(label.ids.size)
     ids = label.ids[start:stop]
     if ids.size != label.ids.size:

@@ -7,11 +7,10 @@ import math
 import keras
 import numpy as np
 
-from tfopt.channels.ids import Label
+from tfopt.channels.ids import SHAPE, Label
 from tfopt.channels.rules import rule
 
 kinds = keras.layers
-_SHAPE = "shape does not allow it"
 
 
 def reshaped(walk, node, before=None) -> Label | None:
@@ -31,8 +30,8 @@ def reshaped(walk, node, before=None) -> Label | None:
         return Label(len(after) - 1, label.ids)
     inside, wanted = shape[1:], after[1:]
     if None in inside or None in wanted or math.prod(inside) != math.prod(wanted) or count == 1:
-        walk.keep_inputs(node, f"{node.operation.name} cannot be followed: {shape} becomes {after}", _SHAPE)
-        return walk.fixed(out, f"{node.operation.name} cannot be followed", _SHAPE)
+        walk.keep_inputs(node, f"{node.operation.name} cannot be followed: {shape} becomes {after}", SHAPE)
+        return walk.fixed(out, f"{node.operation.name} cannot be followed", SHAPE)
     places = label.ids.reshape([-1 if axis == label.axis - 1 else 1 for axis in range(len(inside))])
     places = np.broadcast_to(places, inside).reshape(wanted)
     varying = [axis for axis in range(len(wanted)) if (places != places.take([0], axis)).any()]
@@ -165,8 +164,8 @@ def squeeze(walk, node):
     else:
         gone = {axis % rank for axis in (axes if isinstance(axes, (list, tuple)) else [axes])}
     if label is None or label.axis in gone:
-        walk.keep_inputs(node, f"{node.operation.name} takes their axis away", _SHAPE)
-        return walk.fixed(node.outputs[0], f"{node.operation.name} took their axis away", _SHAPE)
+        walk.keep_inputs(node, f"{node.operation.name} takes their axis away", SHAPE)
+        return walk.fixed(node.outputs[0], f"{node.operation.name} took their axis away", SHAPE)
     return Label(label.axis - sum(axis < label.axis for axis in gone), label.ids)
 
 

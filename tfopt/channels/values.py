@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from tfopt.channels.ids import Label, Reason
+from tfopt.channels.ids import SHAPE, UNSUPPORTED, Label, Reason
 from tfopt.channels.rules import by_channel, channel_axis, opaque, rule
 
 kinds = keras.layers
@@ -31,9 +31,8 @@ def activation(walk, node):
     if not by_channel(function):
         name = getattr(function, "__name__", type(function).__name__)
         walk.keep_inputs(node, f"{node.operation.name} is {name}, which mixes channels")
-        return walk.label(node.input_tensors[0]) if node.outputs[0].shape == node.input_tensors[0].shape else walk.fixed(
-            node.outputs[0], f"{node.operation.name} mixes channels"
-        )  # fmt: skip
+        if node.outputs[0].shape != node.input_tensors[0].shape:
+            return walk.fixed(node.outputs[0], f"{node.operation.name} mixes channels")
     return walk.label(node.input_tensors[0])
 
 
@@ -50,9 +49,10 @@ def softmax(walk, node):
 
 @rule(
     kinds.MaxPooling1D, kinds.MaxPooling2D, kinds.MaxPooling3D, kinds.AveragePooling1D, kinds.AveragePooling2D,
-    kinds.AveragePooling3D, kinds.ZeroPadding1D, kinds.ZeroPadding2D, kinds.ZeroPadding3D, kinds.Cropping1D, kinds.Cropping2D,
-    kinds.Cropping3D, kinds.UpSampling1D, kinds.UpSampling2D, kinds.UpSampling3D, kinds.Resizing, kinds.CenterCrop,
-    kinds.RandomFlip, kinds.RandomRotation, kinds.RandomTranslation, kinds.RandomZoom, kinds.RandomCrop,
+    kinds.AveragePooling3D, kinds.ZeroPadding1D, kinds.ZeroPadding2D, kinds.ZeroPadding3D, kinds.Cropping1D,
+    kinds.Cropping2D, kinds.Cropping3D, kinds.UpSampling1D, kinds.UpSampling2D, kinds.UpSampling3D, kinds.Resizing,
+    kinds.CenterCrop, kinds.RandomFlip, kinds.RandomRotation, kinds.RandomTranslation, kinds.RandomZoom,
+    kinds.RandomCrop,
     *_known("AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D", "AdaptiveAveragePooling3D"),
     *_known("AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D", "AdaptiveMaxPooling3D"),
     "MaxPool", "AveragePool", "AdaptiveMaxPool", "AdaptiveAveragePool", "Resize",
@@ -127,7 +127,7 @@ def elementwise(walk, node):
             walk.all.tie(ids, found)
         elif label is not None:
             reason = f"{node.operation.name} spreads them over other channels"
-            walk.all.fix(label.ids, Reason("shape does not allow it", reason))
+            walk.all.fix(label.ids, Reason(SHAPE, reason))
     _constants(walk, node, axis, ids)
     return Label(axis, ids)
 
@@ -145,7 +145,7 @@ def _constants(walk, node, axis: int, ids: np.ndarray) -> None:
 
     found = [value for value in keras.tree.flatten(_arguments(node)) if lies_along(value) is not None]
     if any(isinstance(value, keras.Variable) for value in found):
-        walk.all.fix(ids, Reason("not supported by the technique", f"{node.operation.name} reads a variable"))
+        walk.all.fix(ids, Reason(UNSUPPORTED, f"{node.operation.name} reads a variable"))
     elif found:
 
         def call(keep, rebuild, node):
@@ -163,15 +163,14 @@ def _arguments(node) -> tuple:
     return node.arguments.args, node.arguments.kwargs
 
 
-_ONE_BY_ONE = """
-Absolute Abs Fabs Arccos Arccosh Arcsin Arcsinh Arctan Arctanh Cbrt Ceil Clip Cos Cosh Exp Exp2 Expm1 Floor Heaviside
-Isfinite Isinf Isnan Log Log10 Log1p Log2 NanToNum Negative OnesLike Reciprocal Round Sign Sin Sinc Sinh Sqrt Square
-Tan Tanh Trunc ZerosLike Copy Relu Relu6 Sigmoid SparseSigmoid Softplus Softsign SoftShrink SparsePlus Silu Squareplus
-LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu TanhShrink HardTanh HardShrink Threshold Cast
-SaturateCast StopGradient Rsqrt Erf Erfc Erfinv
-""".split()
-
-
-@rule(*_ONE_BY_ONE)
+@rule(
+    "Absolute", "Abs", "Fabs", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctanh", "Cbrt", "Ceil", "Clip",
+    "Cos", "Cosh", "Exp", "Exp2", "Expm1", "Floor", "Heaviside", "Isfinite", "Isinf", "Isnan", "Log", "Log10",
+    "Log1p", "Log2", "NanToNum", "Negative", "OnesLike", "Reciprocal", "Round", "Sign", "Sin", "Sinc", "Sinh", "Sqrt",
+    "Square", "Tan", "Tanh", "Trunc", "ZerosLike", "Copy", "Relu", "Relu6", "Sigmoid", "SparseSigmoid", "Softplus",
+    "Softsign", "SoftShrink", "SparsePlus", "Silu", "Squareplus", "LogSigmoid", "LeakyRelu", "HardSigmoid",
+    "HardSilu", "Elu", "Selu", "Gelu", "Celu", "TanhShrink", "HardTanh", "HardShrink", "Threshold", "Cast",
+    "SaturateCast", "StopGradient", "Rsqrt", "Erf", "Erfc", "Erfinv",
+)  # fmt: skip
 def one_by_one(walk, node):
     return walk.label(node.input_tensors[0])

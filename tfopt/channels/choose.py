@@ -1,0 +1,174 @@
+"""Which units go: a ratio for every group, one threshold for all, a ratio of each group's own, or a number of MACs.
+
+Counts of channels that stay are rounded to a multiple, 8 by default, since kernels of mobile processors work on so many
+at a time. A group of fewer than two multiples is rounded to half of it, or a quarter, and so on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tfopt.channels.costs import Costs
+from tfopt.channels.dependencies import Dependencies, Group
+from tfopt.channels.importance import comparable
+from tfopt.errors import InputError, ModelRefused
+
+MULTIPLE = 8
+SCOPES = ("uniform", "global")
+#: With one threshold for all, no group loses more than this: a layer of a channel or two cuts the network in half.
+MOST_OF_A_GROUP = 0.9
+_HALVINGS = 16
+
+
+def kept(group: Group, ratio: float, multiple: int = MULTIPLE, *, strict: bool = True) -> int:
+    """How many units of a group stay when it loses that share: the nearest allowed count, never 0.
+
+    Behind a grouped convolution a unit is several channels, and these are what the multiple counts. A group of one
+    unit stays. strict: raise InputError for a ratio that would leave less than half a channel.
+    """
+    size = len(group)
+    if size == 1 or ratio <= 0:
+        return size
+    wanted = size * (1 - ratio)
+    if strict and wanted < 0.5:
+        raise InputError(
+            f"Layer {group.name} would be left without a channel", received=f"ratio {ratio:g} of {size} channels",
+            allowed=f"at most {1 - 0.5 / size:.3g}", next_step=f"Lower the ratio, or exclude {group.name}",
+        )  # fmt: skip
+    step = multiple // math.gcd(multiple, group.positions)
+    while step > 1 and size < 2 * step:
+        step //= 2
+    allowed = {size, *range(step, size, step)}
+    return min(allowed, key=lambda count: (abs(count - wanted), count))
+
+
+def uniform(
+    found: Dependencies, scores: np.ndarray, ratio: float, multiple: int = MULTIPLE, *, strict: bool = True
+) -> list[int]:
+    """The least important units, that share of every group."""
+    return by_group(found, scores, [ratio] * len(found.groups), multiple, strict=strict)
+
+
+def by_group(
+    found: Dependencies, scores: np.ndarray, ratios: Sequence[float], multiple: int = MULTIPLE, *, strict: bool = True
+) -> list[int]:
+    """The least important units, of each group its own share."""
+    for ratio in ratios:
+        check_ratio(ratio)
+    counts = [kept(group, ratio, multiple, strict=strict) for group, ratio in zip(found.groups, ratios, strict=True)]
+    return _least(found, scores, counts)
+
+
+def ratios_of(found: Dependencies, ratios: Mapping[str, float], default: float = 0.0) -> list[float]:
+    """A share for each group by the names of its layers, such as a study of sensitivity gives; 'block3_*' is a pattern.
+
+    Where several layers of a group have a ratio, the lowest holds: what one can bear is not what another can.
+    """
+    names = {layer for group in found.groups for layer in group.layers}
+    for pattern, ratio in ratios.items():
+        check_ratio(ratio, f"The ratio of {pattern}")
+        if not fnmatch.filter(names, pattern):
+            raise InputError(
+                "No layer that can lose channels fits the pattern", received=repr(pattern),
+                allowed=", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else ""),
+            )  # fmt: skip
+    given = lambda group: [ratio for pattern, ratio in ratios.items() if fnmatch.filter(group.layers, pattern)]
+    return [min(given(group), default=default) for group in found.groups]
+
+
+def overall(
+    found: Dependencies, scores: np.ndarray, ratio: float, multiple: int = MULTIPLE, *, kind: str = "l1"
+) -> list[int]:
+    """The least important units of all groups together, that share of all channels; groups lose what falls below.
+
+    kind: the importance that the scores are of, for `comparable`. No group loses more than MOST_OF_A_GROUP.
+    """
+    check_ratio(ratio)
+    return _least(found, scores, _overall(found, comparable(found, scores, kind), ratio, multiple))
+
+
+def _overall(found: Dependencies, values: np.ndarray, ratio: float, multiple: int) -> list[int]:
+    # Units count by the channels that they are; the threshold is the lowest that takes enough of them.
+    rows = [(values[group.units], group) for group in found.groups if len(group) > 1]
+    if not rows:
+        return [len(group) for group in found.groups]
+    pool = np.concatenate([np.sort(row)[: int(MOST_OF_A_GROUP * len(row))] for row, _ in rows])
+    weight = np.concatenate([np.full(int(MOST_OF_A_GROUP * len(row)), group.positions) for row, group in rows])
+    total = sum(len(group) * group.positions for _, group in rows)
+    order = np.argsort(pool, kind="stable")
+    needed = int(np.searchsorted(np.cumsum(weight[order]), ratio * total * (1 - 1e-12)))
+    threshold = pool[order[min(needed, len(order) - 1)]] if ratio > 0 else -math.inf
+    counts = []
+    for group in found.groups:
+        share = float(np.mean(values[group.units] <= threshold)) if len(group) > 1 else 0.0
+        counts.append(kept(group, min(share, MOST_OF_A_GROUP), multiple, strict=False))
+    return counts
+
+
+def to_macs(
+    found: Dependencies, scores: np.ndarray, fraction: float, multiple: int = MULTIPLE, *, scope: str = "uniform",
+    kind: str = "l1",
+) -> list[int]:  # fmt: skip
+    """The fewest units whose removal leaves at most that fraction of the MACs, by bisection over the ratio.
+
+    Raises ModelRefused where even the highest ratio leaves more.
+    """
+    if not (isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction < 1):
+        raise InputError("The fraction of MACs is out of range", received=repr(fraction), allowed="above 0, below 1")
+    costs, values = Costs(found), comparable(found, scores, kind)
+    before = costs.macs(found.keep())
+
+    def choice(ratio: float) -> list[int]:
+        if scope == "global":
+            return _overall(found, values, ratio, multiple)
+        return [kept(group, ratio, multiple, strict=False) for group in found.groups]
+
+    def share(counts: list[int]) -> float:
+        return costs.macs(found.keep(_least(found, scores, counts))) / max(before, 1)
+
+    low, high = 0.0, 1 - 1e-6
+    more, fewer = choice(low), choice(high)
+    if share(fewer) > fraction:
+        raise ModelRefused(
+            "So few MACs cannot be reached by removing channels",
+            received=f"{fraction:.0%} of {before:,} MACs", allowed=f"at least {share(fewer):.1%}",
+            next_step="Exclude fewer layers, lower multiple, or ask for more MACs",
+        )  # fmt: skip
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        counts = choice(middle)
+        if share(counts) <= fraction:
+            fewer, high = counts, middle
+        else:
+            more, low = counts, middle
+    # Between these two ratios many groups lose a multiple at once; those that matter most get it back if it fits.
+    gains = [_worth(values[group.units], a, b) for group, a, b in zip(found.groups, fewer, more, strict=True)]
+    for number in np.argsort(gains, kind="stable")[::-1].tolist():
+        counts = [*fewer]
+        counts[number] = max(fewer[number], more[number])
+        if counts[number] > fewer[number] and share(counts) <= fraction:
+            fewer = counts
+    return _least(found, scores, fewer)
+
+
+def _worth(values: np.ndarray, fewer: int, more: int) -> float:
+    """The mean importance of what a group gets back."""
+    back = np.sort(values)[::-1][fewer:more]
+    return float(back.mean()) if len(back) else 0.0
+
+
+def check_ratio(ratio: object, what: str = "ratio") -> None:
+    if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 <= ratio < 1):
+        raise InputError(f"{what} is out of range", received=repr(ratio), allowed="0 to below 1")
+
+
+def _least(found: Dependencies, scores: np.ndarray, counts: list[int]) -> list[int]:
+    removed = []
+    for group, count in zip(found.groups, counts, strict=True):
+        order = np.argsort(scores[group.units], kind="stable")
+        removed += group.units[order[: len(group) - count]].tolist()
+    return removed
