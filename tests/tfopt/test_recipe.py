@@ -95,8 +95,8 @@ def test_bad_recipe_is_one_clear_error(tmp_path, text, message):
 def test_shipped_recipes_load_and_describe_themselves():
     names = recipe.named_recipes()
     assert set(names) == {
-        "baseline", "prune", "prune_2_4", "qat", "lowrank", "distill", "distill_prune_qat", "cluster", "prune_cluster",
-        "prune_qat", "cluster_qat", "prune_cluster_qat",
+        "baseline", "prune", "prune_2_4", "qat", "lowrank", "channels", "distill", "distill_prune_qat", "cluster",
+        "prune_cluster", "prune_qat", "cluster_qat", "prune_cluster_qat",
     }  # fmt: skip
     assert recipe.load("prune_2_4").steps[0].m_by_n == (2, 4)
     assert all(names.values())

@@ -16,6 +16,8 @@ from tfopt.graph import flat_layers
 
 #: Of the size of the outputs: what float32 rounds in a deep network stays below it.
 TOLERANCE = 1e-5
+#: Outputs smaller than this count as this large.
+_LEAST = 0.01
 #: What stands in for a size that a model leaves open.
 OPEN_SIZE = 32
 
@@ -73,9 +75,9 @@ def difference(one: keras.Model, other: keras.Model, inputs: Sequence[np.ndarray
         expected, got = _answers(one, inputs), _answers(other, inputs)
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
-        # One output may hardly vary over the images, and rounding grows with what it is.
-        gap, spread = float(np.abs(a - b).max()), float(max(np.ptp(a), np.abs(a).max()))
-        worst = max(worst, gap / spread if spread else gap) if np.isfinite(gap) else float("nan")
+        # Where large numbers cancel, rounding is large beside the little that is left: so _LEAST.
+        gap, size = float(np.abs(a - b).max()), float(max(np.ptp(a), np.abs(a).max(), _LEAST))
+        worst = max(worst, gap / size) if np.isfinite(gap) else float("nan")
     return worst
 
 

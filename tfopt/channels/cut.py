@@ -15,7 +15,7 @@ from tfopt.channels.dependencies import Dependencies, Use
 from tfopt.channels.ids import Keep
 from tfopt.errors import InputError
 from tfopt.fixes.rebuild import Rebuild, View
-from tfopt.graph import count_macs, count_parameters
+from tfopt.graph import count_macs, count_parameters, flat_layers
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,22 @@ def sliced(layer: keras.Layer, uses: Iterable[Use], keep: Keep) -> list[np.ndarr
 def report(found: Dependencies, smaller: keras.Model, removed: Iterable[int]) -> CutReport:
     """What became of the model: channels of each kernel, parameters, MACs, and what could not be cut."""
     keep = found.keep(removed)
+    return _report(found, smaller, {use.layer.name: keep.count(use.ids) for use in found.eligible()})
+
+
+def compare(found: Dependencies, smaller: keras.Model) -> CutReport:
+    """The same after several cuts, by the names of the layers. found: of the model before the first."""
+    layers = {layer.name: layer for layer in flat_layers(smaller)}
+    after = {}
+    for use in found.eligible():
+        # Kernels keep their form, so what has become narrower is the same axis of the same weight.
+        after[use.layer.name] = int(layers[use.layer.name].weights[use.index].shape[use.axis])
+    return _report(found, smaller, after)
+
+
+def _report(found: Dependencies, smaller: keras.Model, after: dict[str, int]) -> CutReport:
     return CutReport(
-        layers={use.layer.name: (int(use.ids.size), keep.count(use.ids)) for use in found.eligible()},
+        layers={use.layer.name: (int(use.ids.size), after[use.layer.name]) for use in found.eligible()},
         skipped=tuple(Skip(name, reason.kind, reason.detail) for name, reason in found.stays()),
         parameters_before=count_parameters(found.model),
         parameters_after=count_parameters(smaller),
