@@ -39,11 +39,15 @@ def kept(group: Group, ratio: float, multiple: int = MULTIPLE, *, strict: bool =
             f"Layer {group.name} would be left without a channel", received=f"ratio {ratio:g} of {size} channels",
             allowed=f"at most {1 - 0.5 / size:.3g}", next_step=f"Lower the ratio, or exclude {group.name}",
         )  # fmt: skip
+    return min(_allowed(group, multiple), key=lambda count: (abs(count - wanted), -count))
+
+
+def _allowed(group: Group, multiple: int) -> list[int]:
+    """The counts that a group may be left with, rising."""
     step = multiple // math.gcd(multiple, group.positions)
-    while step > 1 and size < 2 * step:
+    while step > 1 and len(group) < 2 * step:
         step //= 2
-    allowed = {size, *range(step, size, step)}
-    return min(allowed, key=lambda count: (abs(count - wanted), count))
+    return [*range(step, len(group), step), len(group)]
 
 
 def uniform(
@@ -131,34 +135,33 @@ def to_macs(
         return costs.macs(found.keep(_least(found, scores, counts))) / max(before, 1)
 
     low, high = 0.0, 1 - 1e-6
-    more, fewer = choice(low), choice(high)
-    if share(fewer) > fraction:
+    counts = choice(high)
+    if share(counts) > fraction:
         raise ModelRefused(
             "So few MACs cannot be reached by removing channels",
-            received=f"{fraction:.0%} of {before:,} MACs", allowed=f"at least {share(fewer):.1%}",
+            received=f"{fraction:.0%} of {before:,} MACs", allowed=f"at least {share(counts):.1%}",
             next_step="Exclude fewer layers, lower multiple, or ask for more MACs",
         )  # fmt: skip
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        counts = choice(middle)
-        if share(counts) <= fraction:
-            fewer, high = counts, middle
+        fewer = choice(middle)
+        if share(fewer) <= fraction:
+            counts, high = fewer, middle
         else:
-            more, low = counts, middle
-    # Between these two ratios many groups lose a multiple at once; those that matter most get it back if it fits.
-    gains = [_worth(values[group.units], a, b) for group, a, b in zip(found.groups, fewer, more, strict=True)]
-    for number in np.argsort(gains, kind="stable")[::-1].tolist():
-        counts = [*fewer]
-        counts[number] = max(fewer[number], more[number])
-        if counts[number] > fewer[number] and share(counts) <= fraction:
-            fewer = counts
-    return _least(found, scores, fewer)
-
-
-def _worth(values: np.ndarray, fewer: int, more: int) -> float:
-    """The mean importance of what a group gets back."""
-    back = np.sort(values)[::-1][fewer:more]
-    return float(back.mean()) if len(back) else 0.0
+            low = middle
+    # One step of the ratio may take a multiple from many groups; those that matter most get one back where it fits.
+    ordered = [np.sort(values[group.units])[::-1] for group in found.groups]
+    back = []
+    for number, group in enumerate(found.groups):
+        now = counts[number]
+        more = min((count for count in _allowed(group, multiple) if count > now), default=now)
+        if more > now:
+            back.append((float(ordered[number][now:more].mean()), number, more))
+    for _, number, more in sorted(back, reverse=True):
+        raised = [*counts[:number], more, *counts[number + 1 :]]
+        if share(raised) <= fraction:
+            counts = raised
+    return _least(found, scores, counts)
 
 
 def check_ratio(ratio: object, what: str = "ratio") -> None:
