@@ -107,10 +107,10 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {row['model']} | {row['ratio']:.0%} | failed: {row['error']} |  |  |  |  |  |  |  |")
             continue
         converted = "opens" if row["converted"] is None else f"{row['converted']:.0e}"
+        reloaded = "yes" if row["reloaded"] else "NO"
         lines.append(
             f"| {row['model']} | {row['ratio']:.0%} | {row['kernels']} | {row['eligible']} | {row['lost']:.0%} | "
-            f"{row['parameters']:.0%} | {row['macs']:.0%} | {row['exact']:.0e} | {'yes' if row['reloaded'] else 'NO'} | "
-            f"{converted} |"
+            f"{row['parameters']:.0%} | {row['macs']:.0%} | {row['exact']:.0e} | {reloaded} | {converted} |"
         )
     return "\n".join(lines)
 
