@@ -303,6 +303,38 @@ def test_included_and_excluded_layers():
         names(exclude=["nowhere*"])
 
 
+def test_a_nested_model_is_included_and_excluded_by_its_name():
+    inner_in = keras.Input((8, 8, 16))
+    inner = keras.Model(inner_in, L.Conv2D(12, 1, name="inside")(inner_in), name="inner")
+    model = with_layer(inner)
+    names = lambda **chosen: [group.name for group in dependencies.analyze(model, **chosen).groups]
+    assert names() == ["made", "inside", "after"]
+    assert names(exclude=["inner"]) == ["made", "after"]
+    assert names(include=["inner"]) == ["inside"]
+    found = dependencies.analyze(model, include=["made"])
+    smaller = cut.cut(found, some_of_each(found, 0.5))
+    assert smaller.get_layer("inner").input_shape == (None, 8, 8, 8)
+
+
+def test_an_initializer_of_the_old_shape_is_no_obstacle():
+    values = np.random.default_rng(0).normal(size=(1, 1, 16, 8))
+    model = with_layer(L.Conv2D(8, 1, kernel_initializer=keras.initializers.Constant(values), name="filled"))
+    found = dependencies.analyze(model)
+    removed = some_of_each(found, 0.5)
+    assert check.exactness(found, removed, cut.cut(found, removed)) < 1e-5
+
+
+def test_what_keras_cannot_build_is_refused():
+    class Fixed(L.Layer):
+        def call(self, x):
+            return x + np.ones(16, np.float32)
+
+    rule(Fixed)(lambda walk, node: walk.label(node.input_tensors[0]))
+    found = dependencies.analyze(with_layer(Fixed(name="fixed")))
+    with pytest.raises(ModelRefused, match="Keras cannot build"):
+        cut.cut(found, some_of_each(found, 0.5))
+
+
 def test_models_that_cannot_be_walked_are_refused():
     class Own(keras.Model):
         def call(self, x):

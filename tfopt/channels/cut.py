@@ -13,7 +13,7 @@ import numpy as np
 from mobile_bench.records import Skip
 from tfopt.channels.dependencies import Dependencies, Use
 from tfopt.channels.ids import Keep
-from tfopt.errors import InputError
+from tfopt.errors import InputError, ModelRefused
 from tfopt.fixes.rebuild import Rebuild, View
 from tfopt.graph import count_macs, count_parameters, flat_layers
 
@@ -36,18 +36,34 @@ class CutReport:
 def cut(found: Dependencies, removed: Iterable[int]) -> keras.Model:
     """A copy of the model without these units; inputs, outputs, and the names of layers stay as they are.
 
-    Raises InputError for a unit that has to stay, and where a group would lose its last one.
+    Raises InputError for a unit that has to stay, and where a group would lose its last one; ModelRefused where Keras
+    cannot build what is left.
     """
     removed = sorted({int(unit) for unit in removed})
     _check(found, removed)
     keep = found.keep(removed)
-    changes = {key: functools.partial(_changed, call, keep) for key, call in found.edits.items()}
-    rebuild = _Cutter(found, changes, keep)
+    edits = {key: functools.partial(_changed, call, keep) for key, call in found.edits.items()}
+    rebuild = _Cutter(found, edits, keep)
     for layer, uses in by_layer(found.uses).items():
         if not all(keep.all(use.ids) for use in uses):
             follow = found.settings.get(id(layer))
-            rebuild.keep(layer, sliced(layer, uses, keep), **(follow(keep) if follow else {}))
-    return rebuild.model()
+            changes = {**_initializers(layer), **(follow(keep) if follow else {})}
+            rebuild.keep(layer, sliced(layer, uses, keep), **changes)
+    try:
+        return rebuild.model()
+    except Exception as error:
+        raise ModelRefused(
+            "Keras cannot build the model without these channels",
+            received=f"{found.model.name}: {' '.join(str(error).split())[:300]}",
+            next_step="Exclude the layer that the message names: exclude: [NAME]",
+        ) from error
+
+
+def _initializers(layer: keras.Layer) -> dict:
+    """Others for those that would fill a weight with an array of the old shape; the weights are set all the same."""
+    names = [name for name in layer.get_config() if name.endswith("_initializer")]
+    values = {name: getattr(getattr(layer, name, None), "value", None) for name in names}
+    return {name: "zeros" for name, value in values.items() if np.size(value) > 1}
 
 
 def _check(found: Dependencies, removed: list[int]) -> None:

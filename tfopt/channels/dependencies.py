@@ -105,7 +105,8 @@ def analyze(model: keras.Model, *, include: Iterable[str] = (), exclude: Iterabl
     """Walk a functional or Sequential model.
 
     include: patterns of layer names or types; only their kernels lose channels (empty: all). exclude: whose channels
-    stay; an excluded layer may be of a kind that nobody described. Raises ModelRefused for a model that cannot be
+    stay; an excluded layer may be of a kind that nobody described. The name of a nested model means all layers in it.
+    Raises ModelRefused for a model that cannot be
     walked and for a layer without a rule.
     """
     include, exclude = tuple(include), tuple(exclude)
@@ -144,7 +145,8 @@ class Walk:
         self._settings: dict[int, Callable] = {}
         self._edits: dict[int, Callable] = {}
         self._walked: set[int] = set()
-        self._tensors: list = []
+        # Whether the nested model that is being walked was itself included or excluded.
+        self._inside_included, self._inside_excluded = False, False
 
     def run(self, model: keras.Model) -> Dependencies:
         graph = graph_of(model)
@@ -164,7 +166,6 @@ class Walk:
 
     def _graph(self, graph) -> None:
         self._walked.add(id(graph))
-        self._tensors.append(graph)
         for node in nodes_of(graph):
             inner = graph_of(node.operation)
             made = self._nested(node, inner) if inner is not None else self._call(node)
@@ -185,13 +186,17 @@ class Walk:
             elif given is not None:
                 self.all.fix(given.ids, Reason(SHAPE, f"{node.operation.name} is called in two ways"))
         if id(graph) not in self._walked:
+            outside = self._inside_included, self._inside_excluded
+            self._inside_included |= matches(node.operation, self._include)
+            self._inside_excluded |= matches(node.operation, self._exclude)
             self._graph(graph)
+            self._inside_included, self._inside_excluded = outside
         return [self._labels[id(tensor)] for tensor in graph.outputs]
 
     def _call(self, node):
         operation = node.operation
         rule = find(operation)
-        excluded = matches(operation, self._exclude)
+        excluded = self._excluded(operation)
         if rule is None and not excluded:
             raise ModelRefused(
                 "Nobody has said how channels go through a layer, so nothing around it can be cut",
@@ -200,12 +205,15 @@ class Walk:
             )
         try:
             return (rule or opaque)(self, node)
-        except (ValueError, IndexError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelRefused(
                 "The channels of a layer cannot be followed",
                 received=f"{operation.name} of class {type(operation).__name__}: {error}",
                 next_step=f"Exclude it (its channels then stay as they are): exclude: [{operation.name}]",
             ) from error
+
+    def _excluded(self, operation) -> bool:
+        return self._inside_excluded or matches(operation, self._exclude)
 
     # What rules see and say.
 
@@ -248,7 +256,7 @@ class Walk:
         """The channels that a kernel makes, the same ones at each of its calls."""
         if id(layer) not in self._born:
             self._born[id(layer)] = ids = self.all.new(count)
-            if self._include and not matches(layer, self._include):
+            if self._include and not self._inside_included and not matches(layer, self._include):
                 self.all.fix(ids, Reason(EXCLUDED, f"{layer.name} is left alone"))
             activation = getattr(layer, "activation", None)
             if activation is not None and not by_channel(activation):
@@ -266,7 +274,7 @@ class Walk:
         else:
             index = None
         key = (id(layer), index, axis)
-        if role != "in" and matches(layer, self._exclude):
+        if role != "in" and self._excluded(layer):
             self.all.fix(ids, Reason(EXCLUDED, f"{layer.name} is left alone"))
         if key in self._uses:
             self.all.tie(self._uses[key].ids, ids)

@@ -22,6 +22,7 @@ from tfopt.errors import InputError, unknown_name
 
 IMPORTANCES = ("l1", "l2", "bn_scale", "fpgm", "taylor", "random")
 
+_LARGE = 2**24
 #: (images, labels) as the model and the loss take them.
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
@@ -84,6 +85,7 @@ def _l2(rows: np.ndarray) -> np.ndarray:
 
 
 def _distances(rows: np.ndarray) -> np.ndarray:
+    rows = rows - rows.mean(0)  # distances stay, and less cancels below
     squares = np.square(rows).sum(1)
     between = squares[:, None] + squares[None, :] - 2 * rows @ rows.T
     return np.sqrt(np.maximum(between, 0)).sum(1)
@@ -98,8 +100,9 @@ def _by_group(found: Dependencies, kind: str) -> list[np.ndarray]:
 
 
 def _rows(use: Use, array: np.ndarray) -> np.ndarray:
-    """A weight as (channels, all that makes one channel), in double precision."""
-    return np.moveaxis(np.asarray(array, np.float64), use.axis, 0).reshape(use.ids.size, -1)
+    """A weight as (channels, all that makes one channel), in double precision unless that takes much memory."""
+    array = np.asarray(array, np.float64 if array.size < _LARGE else np.float32)
+    return np.moveaxis(array, use.axis, 0).reshape(use.ids.size, -1)
 
 
 def _summed(found: Dependencies, count: int, kind: str, measure: Callable) -> np.ndarray:
