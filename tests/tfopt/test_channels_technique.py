@@ -83,6 +83,8 @@ def test_global_ratio_and_own_ratios(digits, spec, trained, tmp_path):
     technique = Narrow(ratio=0.0, layers={"stage3_block1_conv1": 0.5}, multiple=1, train=SHORT)
     _, report = apply(technique, trained, digits, spec, tmp_path)
     assert report.touched == ("stage3_block1_conv1",)
+    unmoved = {skip.layer: skip.detail for skip in report.skipped if skip.reason == "too small to gain"}
+    assert "all 8 channels stay" in unmoved["stage1_block1_conv1"] and "stage3_block1_conv1" not in unmoved
 
 
 def test_included_and_excluded_layers_are_reported(digits, spec, trained, tmp_path):

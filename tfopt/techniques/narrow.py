@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from mobile_bench.records import StepReport
+from mobile_bench.records import Skip, StepReport
 from tfopt.errors import InputError, ModelRefused, unknown_name
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
@@ -130,6 +130,10 @@ class Narrow(Technique):
                 "accuracy_before": report.accuracy_before, "accuracy_after": report.accuracy_after,
             })  # fmt: skip
         whole = cut.compare(first, model)
+        unmoved = [
+            Skip(name, "too small to gain", f"all {before} channels stay at this ratio and multiple")
+            for name, (before, after) in whole.layers.items() if after == before
+        ]  # fmt: skip
         notes = [_moved(whole)]
         if self.importance == "bn_scale" and (names := without_norm(first)):
             notes.append(f"No batch norm judges the channels of {', '.join(names)}: there l1 did")
@@ -138,7 +142,7 @@ class Narrow(Technique):
             technique=self.name,
             settings=self.settings(),
             touched=tuple(name for name, (before, after) in whole.layers.items() if after < before),
-            skipped=whole.skipped,
+            skipped=(*whole.skipped, *unmoved),
             parameters_before=whole.parameters_before,
             parameters_after=whole.parameters_after,
             macs_before=whole.macs_before,
