@@ -146,6 +146,13 @@ def test_bad_settings(values, message):
         Narrow(**values)
 
 
+def test_a_recipe_is_read_without_keras(run_python):
+    code = (
+        "import sys, tfopt.recipe as r; r.load('channels'); print('keras' in sys.modules, 'tensorflow' in sys.modules)"
+    )
+    assert run_python("-c", code).stdout.split() == ["False", "False"]
+
+
 def test_recipes_know_it_and_what_may_follow():
     made = recipe.load("channels")
     assert made.steps[0].name == "channels" and made.steps[0].ratio == 0.3

@@ -15,10 +15,10 @@ import numpy as np
 from tfopt.channels.costs import Costs
 from tfopt.channels.dependencies import Dependencies, Group
 from tfopt.channels.importance import comparable
-from tfopt.errors import InputError, ModelRefused
+from tfopt.channels.limits import SCOPES, check_ratio
+from tfopt.errors import InputError, ModelRefused, unknown_name
 
 MULTIPLE = 8
-SCOPES = ("uniform", "global")
 #: With one threshold for all, no group loses more than this: a layer of a channel or two cuts the network in half.
 MOST_OF_A_GROUP = 0.9
 _HALVINGS = 16
@@ -123,6 +123,8 @@ def to_macs(
     """
     if not (isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction < 1):
         raise InputError("The fraction of MACs is out of range", received=repr(fraction), allowed="above 0, below 1")
+    if scope not in SCOPES:
+        raise unknown_name("scope", str(scope), SCOPES)
     costs, values = Costs(found), comparable(found, scores, kind)
     before = costs.macs(found.keep())
 
@@ -162,11 +164,6 @@ def to_macs(
         if share(raised) <= fraction:
             counts = raised
     return _least(found, scores, counts)
-
-
-def check_ratio(ratio: object, what: str = "ratio") -> None:
-    if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 <= ratio < 1):
-        raise InputError(f"{what} is out of range", received=repr(ratio), allowed="0 to below 1")
 
 
 def _least(found: Dependencies, scores: np.ndarray, counts: list[int]) -> list[int]:

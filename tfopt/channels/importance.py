@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from tfopt.channels.dependencies import Dependencies, Use
+from tfopt.channels.limits import IMPORTANCES
 from tfopt.errors import InputError, unknown_name
-
-IMPORTANCES = ("l1", "l2", "bn_scale", "fpgm", "taylor", "random")
 
 _LARGE = 2**24
 #: (images, labels) as the model and the loss take them.

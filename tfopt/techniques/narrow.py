@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from mobile_bench.records import Skip, StepReport
+from tfopt.channels.limits import IMPORTANCES, SCOPES, check_ratio
 from tfopt.errors import InputError, ModelRefused, unknown_name
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
@@ -61,9 +62,6 @@ class Narrow(Technique):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=4, learning_rate=1e-3))
 
     def __post_init__(self):
-        from tfopt.channels.choose import SCOPES, check_ratio
-        from tfopt.channels.importance import IMPORTANCES
-
         for name in ("include", "exclude"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else value
