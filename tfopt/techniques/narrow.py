@@ -39,7 +39,7 @@ class Narrow(Technique):
 
     ratio: of each group of layers whose channels hang together ('uniform'), or of all channels of the model by one
     threshold ('global'). macs: if given, as many channels go as leave that fraction of the MACs, instead of ratio.
-    importance: l1, l2, bn_scale, fpgm, taylor (on training images), random. layers: other ratios by name or pattern of
+    importance: taylor (on training images), l1, l2, bn_scale, fpgm, random. layers: other ratios by name or pattern of
     the layer that makes the channels, 0 to leave alone: {stem: 0, 'block3_*': 0.6}; 'uniform' alone. multiple: what
     the number of channels that stay is rounded to. include, exclude: patterns of names or types; only included kernels
     lose channels, excluded ones keep theirs, with all that hang on them. rounds: how often channels are taken off;
@@ -51,7 +51,7 @@ class Narrow(Technique):
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.NARROW, Property.LOW_RANK})
 
     ratio: float = 0.3
-    importance: str = "l1"
+    importance: str = "taylor"
     scope: str = "uniform"
     macs: float | None = None
     layers: dict[str, float] = field(default_factory=dict)
