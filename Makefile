@@ -9,6 +9,8 @@ DATA ?= fashion_mnist
 STUDY ?= saved_models
 CIFAR10 ?= cifar10
 BIN := .venv/bin
+# Two files of tests at a time; a file's tests in their order, since many share what is costly to make.
+TOGETHER := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo dashboard test test-slow lint baselines install clean
@@ -20,10 +22,10 @@ dashboard: .venv/.installed
 	$(BIN)/python -m dashboard '$(STUDY)'
 
 test: .venv/.tested lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 test-slow: .venv/.tested lint
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest $(TOGETHER) -m 'slow or not slow'
 
 lint: .venv/.tested
 	$(BIN)/ruff check .

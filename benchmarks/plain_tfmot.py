@@ -20,10 +20,13 @@ from mobile_bench.jobs import serve
 def main(job: dict, emit) -> dict:
     import tf_keras
 
+    from tfopt import training
+
     tf_keras.utils.set_random_seed(0)
     architecture, feature, out = job["architecture"], job["feature"], Path(job["out"])
     try:
         model = build(architecture, job.get("graph"))
+        training.recalibrate(model, matrix.images_of()["train"], matrix.spec_of(architecture), keras=tf_keras)
         before, after, content = cell(model, architecture, feature)
     except Exception as error:  # noqa: BLE001 - what TFMOT or the converter says is the cell's result
         line = " ".join(str(error).split())

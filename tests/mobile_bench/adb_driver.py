@@ -215,6 +215,8 @@ TOGETHER = {
     "compare": compare,
     "profile": profile,
 }
+#: Not all at once, so that on a busy machine no command waits longer for its turn than the 30 s it has.
+TOGETHER_AT_MOST = 6
 #: One after the other, each with a connection of its own, which it ends.
 ALONE = {
     "good": measure,
@@ -259,7 +261,7 @@ def main():
     while "connected" not in (said := adbutils.adb.connect(SERIAL)) or "failed" in said:
         assert time.monotonic() < until and adbd.poll() is None, (WORK / "adbd.log").read_text()
         time.sleep(0.1)
-    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+    with ThreadPoolExecutor(TOGETHER_AT_MOST) as pool:
         found = dict(zip(TOGETHER, pool.map(outcome, TOGETHER.values())))
     adbutils.adb.disconnect(SERIAL)
     after = left_behind(adbutils)

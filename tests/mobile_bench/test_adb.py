@@ -64,8 +64,14 @@ def real(tiny, tmp_path_factory):
     return SimpleNamespace(cases=json.loads(done.stdout.splitlines()[-1]), folder=folder)
 
 
+def gave(real, name):
+    case = real.cases[name]
+    assert "value" in case, case
+    return case["value"]
+
+
 def test_a_measurement_has_what_the_tool_and_the_device_say(real):
-    value = real.cases["good"]["value"]
+    value = gave(real, "good")
     assert value["latency_ms"] == [2.91, 2.92, 2.93]  # one sample an invocation
     assert (value["load_ms"], value["first_inference_ms"], value["warmup_ms"]) == (6.001, 2.761, [])
     assert value["peak_rss_bytes"] == round(13.1797 * 2**20)
@@ -84,22 +90,22 @@ def test_a_measurement_has_what_the_tool_and_the_device_say(real):
 
 @pytest.mark.parametrize("case", ["old format", "one run"])
 def test_older_tools_give_the_same_samples(real, case):
-    assert real.cases[case]["value"]["latency_ms"] == [2.91, 2.92, 2.93]
+    assert gave(real, case)["latency_ms"] == [2.91, 2.92, 2.93]
 
 
 def test_a_batch_is_asked_for_by_the_inputs_name(real):
-    flags = real.cases["batch"]["value"]["flags"]
+    flags = gave(real, "batch")["flags"]
     assert "--input_layer_shape=2,12,12,3" in flags
     assert any(flag.startswith("--input_layer=serving_default") for flag in flags)
 
 
 def test_a_delegate_that_takes_all_is_a_measurement(real):
-    assert real.cases["gpu"]["value"]["device"]["delegated"] == "full"
-    assert "--require_full_delegation=true" in real.cases["gpu"]["value"]["flags"]
+    assert gave(real, "gpu")["device"]["delegated"] == "full"
+    assert "--require_full_delegation=true" in gave(real, "gpu")["flags"]
 
 
 def test_a_fallback_is_a_measurement_only_where_it_is_allowed(real):
-    value = real.cases["gpu in part, allowed"]["value"]
+    value = gave(real, "gpu in part, allowed")
     assert (value["device"]["delegated"], value["device"]["delegate_kernels"]) == ("partial", 3)
     assert any("part of the model" in warning for warning in value["warnings"])
 
@@ -134,7 +140,7 @@ def test_each_failure_has_its_kind_and_says_why(real, case, kind, words):
 
 
 def test_minutes_on_a_phone_with_what_its_battery_gave(real):
-    value = real.cases["minutes"]["value"]
+    value = gave(real, "minutes")
     windows, energy = value["windows"], value["energy"]
     assert value["status"] == "ok" and len(windows) >= 2 and not real.cases["minutes"]["left"]
     assert all(window["count"] == 1 and window["median_ms"] > 2.9 and window["p99_ms"] is None for window in windows)
@@ -144,9 +150,9 @@ def test_minutes_on_a_phone_with_what_its_battery_gave(real):
     assert any("loading and warming up" in warning for warning in value["warnings"])
     if not list(Path("/sys/class/thermal").glob("thermal_zone*")):
         assert windows[0]["temperature_c"] == 31.2 and any("battery's" in warning for warning in value["warnings"])
-    stopped = real.cases["minutes, interrupted"]["value"]
+    stopped = gave(real, "minutes, interrupted")
     assert (stopped["status"], len(stopped["windows"])) == ("interrupted", 1)
-    mains = real.cases["minutes on mains"]["value"]
+    mains = gave(real, "minutes on mains")
     assert mains["energy"] is None and any("not discharging" in warning for warning in mains["warnings"])
     refused = real.cases["minutes on mains, by its battery"]
     assert refused["error"] == "InputError" and "adb tcpip" in refused["text"]
@@ -174,7 +180,7 @@ def test_what_a_battery_tells(lines, name, values, why):
 
 
 def test_files_take_turns_there(real):
-    value = real.cases["compare"]["value"]
+    value = gave(real, "compare")
     assert value["pushed"] == ["tflite_0.tflite", "tflite_1.tflite"]
     rounds = [answer["blocks"] for answer in value["rounds"]]
     assert [[len(turn) for turn in turns] for turns in rounds] == [[2, 2, 2], [2, 2, 2]]
@@ -183,7 +189,7 @@ def test_files_take_turns_there(real):
 
 
 def test_the_tools_profile_is_read(real):
-    value = real.cases["profile"]["value"]
+    value = gave(real, "profile")
     assert [(op["node_type"], op["avg_ms"]) for op in value["ops"]] == [
         ("CONV_2D", 0.128),
         ("DEPTHWISE_CONV_2D", 0.0402),
@@ -205,7 +211,7 @@ def test_a_profile_by_adb_has_shares(phone, tiny, monkeypatch):
 def test_a_file_answers_there_as_here(real, tiny, model):
     here = predictions_only(tiny.path(model), tiny.images[:IMAGES], SPEC)
     assert np.load(real.folder / f"{model}.npy").tolist() == here.tolist()
-    value = real.cases[f"evaluate {model}"]["value"]
+    value = gave(real, f"evaluate {model}")
     assert value["correct"] == int(np.sum(here == tiny.labels[:IMAGES]))
     assert value["said"][-1] == {"kind": "progress", "done": IMAGES, "total": IMAGES}
 
