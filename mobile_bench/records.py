@@ -26,6 +26,8 @@ SKIP_REASONS = (
     "first or last layer",
     "not supported by the technique",
     "no gain at this rank",
+    "kept whole within the budget",
+    "not faster on the target",
     "shape does not allow it",
 )
 STATUSES = ("ok", "refused", "failed")
