@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobile_bench.files import atomic_path, cannot_write, write_json
+from mobile_bench.files import atomic_path, cannot_write, sha256_of, write_json
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport, from_dict, to_dict
 from tfopt.data.splits import ImageData, Split
@@ -110,7 +110,16 @@ def content_key(*parts: object) -> str:
 
 
 def step_key(before: str, technique: Technique, data: ImageData, seed: int) -> str:
-    return content_key(before, technique.name, technique.settings(), data.fingerprint, seed, tool_versions())
+    files = [sha256_of(path) if Path(path).is_file() else path for path in technique.files()]
+    return content_key(
+        before,
+        technique.name,
+        technique.settings(),
+        *([files] if files else []),
+        data.fingerprint,
+        seed,
+        tool_versions(),
+    )
 
 
 def find(folder: Path, key: str) -> StepResult | None:

@@ -111,6 +111,11 @@ class Technique(abc.ABC):
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         """Change the model. Never modifies `optimized.model` in place; raises a Problem on refusal."""
 
+    def files(self) -> tuple[str, ...]:
+        """Files whose content shapes the result: teachers, for one. A missing one is refused when the step runs."""
+        distill = self.train.distill
+        return tuple(teacher.path for teacher in distill.teachers) if distill else ()
+
     def settings(self) -> dict:
         """The hyper-parameters as plain values, for the record and the cache key."""
         return dataclasses.asdict(self)

@@ -23,6 +23,7 @@ from mobile_bench.inputs import InputSpec
 from tfopt import objectives
 from tfopt.data.augment import AUGMENTATIONS
 from tfopt.data.splits import Split
+from tfopt.distillation.settings import Distillation
 from tfopt.errors import InputError, Problem, TrainingError, unknown_name
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
@@ -49,6 +50,8 @@ class TrainConfig:
     `validation_images` of the split, as many of each class as there are (None: on all of them).
     `loss` 'crossentropy' follows the head: categorical for softmax and logits, binary for sigmoid; from
     Python also a function of (labels as class indices, outputs), except where TFMOT trains.
+    `distill` lets the step learn from the study's own model or from named ones besides the labels: true, or settings
+    of tfopt.distillation; where TFMOT trains, from answers alone.
     `callbacks` names some of Keras's own with their settings: [{CSVLogger: {filename: log.csv}}]; an
     epoch to them is what lies between two evaluations, and 'val_accuracy' is there to monitor.
     """
@@ -69,6 +72,7 @@ class TrainConfig:
     evaluations: int | None = None
     validation_images: int | None = None
     clip_norm: float | None = None
+    distill: Distillation | dict | bool | None = None
     callbacks: tuple[dict, ...] = ()
 
     def __post_init__(self):
@@ -80,6 +84,8 @@ class TrainConfig:
         ):
             if value not in allowed and not (name == "loss" and callable(value)):
                 raise unknown_name(name, str(value), allowed)
+        wanted = None if self.distill in (None, False) else Distillation.parse(self.distill)
+        object.__setattr__(self, "distill", wanted)
         object.__setattr__(self, "callbacks", tuple(_callback_entry(entry) for entry in self.callbacks))
         if self.epochs is not None and self.steps is not None:
             raise InputError("Training has both epochs and steps", received=self, allowed="one of them")
@@ -124,7 +130,7 @@ class TrainConfig:
         for name, value in values.items():
             if name not in fields:
                 raise unknown_name("training setting", str(name), fields)
-            if isinstance(value, str) and "str" not in fields[name].type and name != "callbacks":
+            if isinstance(value, str) and "str" not in fields[name].type and name not in ("callbacks", "distill"):
                 try:
                     values[name] = float(value)
                 except ValueError:

@@ -1,33 +1,39 @@
-"""Knowledge distillation: a smaller student learns from the model's softened answers.
+"""Knowledge distillation: a smaller student learns from the answers, and if asked the features, of larger models.
 
-Hinton et al. 2015 (arXiv:1503.02531): loss = alpha · T² · KL(teacher at T || student at T)
-+ (1 - alpha) · the usual loss on the labels.
+Which losses there are says tfopt.distillation; this step makes the student and trains it.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport
-from tfopt.errors import InputError, ModelRefused
+from tfopt.distillation.settings import Distillation, is_number
+from tfopt.errors import InputError, ModelRefused, RecipeError
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
+
+_FILES = (".keras", ".h5", ".hdf5")
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Distill(Technique):
-    """Train a narrower network on the teacher's outputs.
+    """Train a student on the teachers' outputs.
 
-    student: 'narrow' takes the teacher's own architecture, or the name of a builder (resnet8,
-    mobilenet, …). width: the student's channel multiplier; for 'narrow', relative to the teacher's.
-    start: 'teacher' picks evenly spaced channels of the teacher's weights where the student has a
-    layer of the same name (weight selection, Xu et al. 2024, arXiv:2311.18823); 'random' does not.
+    student: 'narrow' takes the model's own architecture at `width` times its channels; 'self' the model as the steps
+    before left it; 'channels' the model with channels removed, with the settings of that technique in `channels`; the
+    name of a builder (resnet8, mobilenet, …) with its `width`; or a .keras file of the same classes and image size.
+    start: 'teacher' picks evenly spaced channels of the model's weights where a student that was built here has a layer
+    of the same name (weight selection, Xu et al. 2024, arXiv:2311.18823); 'random' does not.
+    temperature, alpha, hints, attention, relational, pairs, teachers: see tfopt.distillation.settings.Distillation; no
+    teachers means the model that the study began with.
     """
 
     name: ClassVar[str] = "distill"
@@ -35,48 +41,76 @@ class Distill(Technique):
 
     student: str = "narrow"
     width: float = 0.5
+    channels: dict = field(default_factory=dict)
+    start: str = "teacher"
     temperature: float = 4.0
     alpha: float = 0.7
-    start: str = "teacher"
+    hints: float = 0.0
+    attention: float = 0.0
+    relational: float = 0.0
+    pairs: dict = field(default_factory=dict)
+    teachers: tuple = ()
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8, learning_rate=3e-3))
 
     def __post_init__(self):
-        if not (isinstance(self.width, (int, float)) and 0 < self.width <= 4):
+        if not (is_number(self.width) and 0 < self.width <= 4):
             raise InputError("width is out of range", received=repr(self.width), allowed="above 0, up to 4")
-        if not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
-            raise InputError("temperature is out of range", received=repr(self.temperature), allowed="above 0")
-        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
-            raise InputError("alpha is out of range", received=repr(self.alpha), allowed="0 to 1")
         if self.start not in ("teacher", "random"):
             raise InputError("start is unknown", received=repr(self.start), allowed="teacher, random")
+        if not isinstance(self.student, str) or not self.student:
+            raise InputError("The student is no text", received=repr(self.student), allowed="narrow, self, channels, …")
+        if not isinstance(self.channels, dict) or (self.channels and self.student != "channels"):
+            raise InputError(
+                "channels has settings that no student uses", received=repr(self.channels),
+                allowed="a table, with student: channels",
+            )  # fmt: skip
+        if self.train.distill is not None:
+            raise RecipeError("distill inside a distill step says it twice", received=repr(self.train.distill.plain()))
+        object.__setattr__(self, "teachers", self.losses.teachers)
+        if self.student == "channels":
+            self._channels()
+        if self.student in ("self", "channels"):
+            # What these students are made of is the model itself, so its narrower and thinner kernels stay.
+            object.__setattr__(self, "keeps", frozenset({Property.NARROW, Property.LOW_RANK}))
+        if self.student == "self":
+            object.__setattr__(self, "adds", frozenset())
+
+    @property
+    def losses(self) -> Distillation:
+        """What the student learns from; raises InputError for what makes no sense."""
+        return Distillation(
+            temperature=self.temperature, alpha=self.alpha, hints=self.hints, attention=self.attention,
+            relational=self.relational, pairs=self.pairs, teachers=self.teachers,
+        )  # fmt: skip
+
+    def files(self) -> tuple[str, ...]:
+        own = (self.student,) if self.student.endswith(_FILES) else ()
+        return (*own, *(teacher.path for teacher in self.teachers))
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras
 
         from tfopt import training
+        from tfopt.distillation import teachers
+        from tfopt.distillation.hook import distilling
         from tfopt.graph import count_macs, count_parameters, flat_layers
 
         started = time.monotonic()
         spec, before = optimized.spec, optimized.model
+        losses = self.losses
+        panel = teachers.load(losses, context.teacher, spec)
         keras.utils.set_random_seed(context.seed)
-        student = self._student(before, spec)
-        inherited = _select_weights(before, student) if self.start == "teacher" else []
-        if inherited:
-            training.recalibrate(student, context.data["train"], spec, keras=keras)
-        report = training.fit(
-            student,
-            context.data["train"],
-            context.data["validation"],
-            spec,
-            self.train,
-            keras=keras,
-            seed=context.seed,
-            loss_hook=distillation_hook(context.teacher, spec, self.temperature, self.alpha),
-            callbacks=context.callbacks,
-            progress=context.progress,
-        )
-        layers = sum(bool(layer.weights) for layer in flat_layers(student))
-        notes = (f"{len(inherited)} of {layers} layers start from the teacher",)
+        student, notes = self._student(optimized, context)
+        teachers.check(panel, student.name, int(student.output_shape[-1]), spec)
+        validation = context.data["validation"].balanced(1000)
+        best = {t.name: training.accuracy(t.model, validation, t.spec) for t in panel}
+        with distilling(student, panel, losses, spec, keras) as (hook, pairs):
+            report = training.fit(
+                student, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
+                seed=context.seed, loss_hook=hook, callbacks=context.callbacks, progress=context.progress,
+            )  # fmt: skip
+        if report.accuracy_after > max(best.values()) + 0.01:
+            notes.append(f"The student is better than its teachers: {report.accuracy_after:.1%} of validation")
         result = OptimizedModel(student, spec, optimized.properties | self.adds)
         return result, StepReport(
             technique=self.name,
@@ -89,26 +123,71 @@ class Distill(Technique):
             macs_after=count_macs(student),
             seconds=round(time.monotonic() - started, 3),
             training=report.to_dict(),
-            properties={"temperature": self.temperature, "student": student.name},
-            notes=notes,
-        )
+            properties={
+                "temperature": self.temperature, "student": student.name, "pairs": pairs,
+                "teachers": {name: round(accuracy, 4) for name, accuracy in best.items()},
+            },
+            notes=tuple(notes),
+        )  # fmt: skip
 
-    def _student(self, teacher, spec: InputSpec):
+    def _student(self, optimized: OptimizedModel, context: Context):
+        """The network to train, and what a reader of the report must know of it."""
+        import keras
+
+        from tfopt import training
+        from tfopt.graph import flat_layers, rewrite
+
+        spec, model = optimized.spec, optimized.model
+        if self.student == "self":
+            return rewrite(model), ["The student is the model itself"]
+        if self.student == "channels":
+            return self._channels().cut_once(optimized, context), []
+        if self.student.endswith(_FILES) or "/" in self.student:
+            return self._from_file(spec), [f"The student is {self.student}"]
+        student = self._built(model, spec)
+        inherited = _select_weights(model, student) if self.start == "teacher" else []
+        if inherited:
+            training.recalibrate(student, context.data["train"], spec, keras=keras)
+        layers = sum(bool(layer.weights) for layer in flat_layers(student))
+        return student, [f"{len(inherited)} of {layers} layers start from the teacher"]
+
+    def _channels(self):
+        from tfopt.technique import make
+
+        if "train" in self.channels or "rounds" in self.channels:
+            raise InputError(
+                "The student loses its channels in one round and is trained as the distill step says",
+                received=", ".join(sorted({"train", "rounds"} & set(self.channels))),
+            )  # fmt: skip
+        return make("channels", self.channels)
+
+    def _from_file(self, spec: InputSpec):
+        from tfopt import models
+
+        loaded = models.load(Path(self.student))
+        if loaded.spec.shape != spec.shape or loaded.spec.head != spec.head:
+            raise ModelRefused(
+                f"The student {self.student} does not take this study's images",
+                received=f"{loaded.spec.shape}, {loaded.spec.head}", allowed=f"{spec.shape}, {spec.head}",
+            )  # fmt: skip
+        return loaded.model
+
+    def _built(self, model, spec: InputSpec):
         from tfopt.builders import BUILDERS, build, parse
 
         name, width = self.student, self.width
         if name == "narrow":
-            known = parse(teacher.name)
+            known = parse(model.name)
             if known is None:
                 raise ModelRefused(
                     "The model is not of one of our architectures, so there is no narrower version of it",
-                    received=teacher.name,
+                    received=model.name,
                     allowed=", ".join(BUILDERS),
-                    next_step="Name the student in the recipe, such as student: mobilenet",
+                    next_step="Name the student in the recipe, such as student: channels or student: mobilenet",
                 )
             name, teacher_width = known
             width *= teacher_width
-        classes = int(teacher.output_shape[-1])
+        classes = int(model.output_shape[-1])
         if classes < 2 or spec.head == "sigmoid":
             raise ModelRefused(
                 "Distillation needs softmax or logits", received=f"a {spec.head} head with {classes} outputs"
@@ -117,24 +196,6 @@ class Distill(Technique):
         if spec.head == "logits":
             student.layers[-1].activation = _linear()
         return student
-
-
-def distillation_hook(teacher, spec: InputSpec, temperature: float, alpha: float):
-    """A loss hook for training.fit; teacher and student take the same images."""
-    import tensorflow as tf
-
-    def logits(outputs):
-        if spec.head == "logits":
-            return outputs
-        return tf.math.log(tf.clip_by_value(outputs, 1e-7, 1.0))  # up to a constant, which softmax drops
-
-    def hook(images, labels, outputs, loss):
-        soft = tf.nn.softmax(logits(teacher(images, training=False)) / temperature)
-        guess = tf.nn.log_softmax(logits(outputs) / temperature)
-        divergence = tf.reduce_sum(soft * (tf.math.log(soft + 1e-12) - guess), axis=-1)
-        return alpha * temperature**2 * tf.reduce_mean(divergence) + (1 - alpha) * loss
-
-    return hook
 
 
 def _select_weights(teacher, student) -> list[str]:

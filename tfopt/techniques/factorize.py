@@ -116,6 +116,7 @@ class Factorize(Technique):
         import keras
 
         from tfopt import training
+        from tfopt.distillation.riding import riding
         from tfopt.graph import count_macs, count_parameters, rewrite
 
         started = time.monotonic()
@@ -128,10 +129,11 @@ class Factorize(Technique):
                 thinner.get_layer(part.name).set_weights(part.weights)
         training.recalibrate(thinner, context.data["train"], spec, keras=keras)
         before_training = training.accuracy(thinner, context.data["validation"].balanced(1000), spec)
-        report = training.fit(
-            thinner, context.data["train"], context.data["validation"], spec, self.train,
-            keras=keras, seed=context.seed, callbacks=context.callbacks, progress=context.progress,
-        )  # fmt: skip
+        with riding(self.train, thinner, context, spec) as hook:
+            report = training.fit(
+                thinner, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
+                seed=context.seed, loss_hook=hook, callbacks=context.callbacks, progress=context.progress,
+            )  # fmt: skip
         result = OptimizedModel(thinner, spec, optimized.properties | self.adds)
         return result, StepReport(
             technique=self.name,

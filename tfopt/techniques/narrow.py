@@ -97,6 +97,7 @@ class Narrow(Technique):
         from tfopt import training
         from tfopt.channels import cut
         from tfopt.channels.importance import without_norm
+        from tfopt.distillation.riding import riding
 
         started = time.monotonic()
         model, spec, split = optimized.model, optimized.spec, context.data["train"]
@@ -116,11 +117,13 @@ class Narrow(Technique):
             exactness = _check(found, removed, smaller)
             training.recalibrate(smaller, split, spec, keras=keras)
             done = sum(rounds[: number - 1])
-            report = training.fit(
-                smaller, split, context.data["validation"], spec,
-                dataclasses.replace(self.train, epochs=None, steps=steps), keras=keras, seed=context.seed + number - 1,
-                callbacks=context.callbacks, progress=_shifted(context.progress, done, total),
-            )  # fmt: skip
+            with riding(self.train, smaller, context, spec) as hook:
+                report = training.fit(
+                    smaller, split, context.data["validation"], spec,
+                    dataclasses.replace(self.train, epochs=None, steps=steps), keras=keras,
+                    seed=context.seed + number - 1, loss_hook=hook, callbacks=context.callbacks,
+                    progress=_shifted(context.progress, done, total),
+                )  # fmt: skip
             reports.append(report)
             model = smaller
             facts.append({
@@ -154,6 +157,22 @@ class Narrow(Technique):
             },
             notes=tuple(notes),
         )
+
+    def cut_once(self, optimized: OptimizedModel, context: Context) -> keras.Model:
+        """The smaller model in one round, untrained but for its batch norms' statistics."""
+        import keras
+
+        from tfopt import training
+        from tfopt.channels import cut
+
+        found = self._analyze(optimized.model)
+        plan = _Plan(self, found)
+        plan.check()
+        removed = plan.choose(found, self._scores(found, optimized, context), 1.0)
+        smaller = cut.cut(found, removed)
+        _check(found, removed, smaller)
+        training.recalibrate(smaller, context.data["train"], optimized.spec, keras=keras)
+        return smaller
 
     def _analyze(self, model: keras.Model) -> Dependencies:
         from tfopt.channels.dependencies import analyze

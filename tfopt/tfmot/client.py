@@ -93,6 +93,7 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
                 "spec": spec.to_dict(),
                 "train": dataclasses.asdict(config),
                 "seed": context.seed,
+                "teachers": _teachers(config, context, spec, model, folder),
                 **job,
             },
             work,
@@ -105,6 +106,27 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     trained = bridge.with_weights(model, after)
     _check(trained, after.pop("probe:images"), expected)
     return Trained(trained, before, after, result.pop("training"), result, graph)
+
+
+def _teachers(config: TrainConfig, context: Context, spec: InputSpec, model, folder: Path) -> list[dict]:
+    """The teachers of a fine-tuning, written for the worker, where they answer its own augmented images."""
+    if config.distill is None:
+        return []
+    if config.distill.on_features:
+        raise RecipeError(
+            "Where TFMOT trains, a model learns from answers alone: its wrappers hide the features of layers",
+            received="hints, attention or relational", allowed="temperature, alpha, teachers",
+        )  # fmt: skip
+    from tfopt.distillation.riding import panel_of
+
+    written = []
+    for number, teacher in enumerate(panel_of(config, context, spec, model.name, int(model.output_shape[-1]))):
+        path = folder / f"teacher{number}.npz"
+        hand_over(path, teacher.model, teacher.spec)
+        written.append(
+            {"name": teacher.name, "path": str(path), "spec": teacher.spec.to_dict(), "weight": teacher.weight}
+        )
+    return written
 
 
 def crossing(model: keras.Model, spec: InputSpec) -> float:

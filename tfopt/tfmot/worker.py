@@ -23,7 +23,9 @@ os.environ["TF_USE_LEGACY_KERAS"] = "1"  # TFMOT's Keras is tf_keras; only ever 
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +36,9 @@ from tfopt.data.splits import Split
 from tfopt.errors import ConversionError, ModelError, ModelRefused, Problem
 from tfopt.tfmot import neutral
 from tfopt.training import TrainConfig, fit, predict
+
+if TYPE_CHECKING:
+    from tfopt.distillation.teachers import Loaded
 
 _CALIBRATION_BATCHES = 10
 _TOLERANCE = 1e-5
@@ -214,12 +219,28 @@ def _finish(job: dict, graph: neutral.Graph, weights: neutral.Weights) -> str:
 def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=(), settled: int = 0) -> dict:
     import tf_keras
 
-    report = fit(
-        model, train, _split(job["splits"]["validation"]), InputSpec.from_dict(job["spec"]), config, keras=tf_keras,
-        seed=job["seed"], callbacks=callbacks, settled=settled,
-        progress=lambda step, steps, facts: emit("progress", step=step, steps=steps, facts=facts),
-    )  # fmt: skip
+    spec = InputSpec.from_dict(job["spec"])
+    with ExitStack() as stack:
+        hook = None
+        if job.get("teachers"):
+            from tfopt.distillation.hook import distilling
+
+            panel = [_teacher(facts) for facts in job["teachers"]]
+            hook, _ = stack.enter_context(distilling(model, panel, config.distill, spec, tf_keras))
+        report = fit(
+            model, train, _split(job["splits"]["validation"]), spec, config, keras=tf_keras,
+            seed=job["seed"], loss_hook=hook, callbacks=callbacks, settled=settled,
+            progress=lambda step, steps, facts: emit("progress", step=step, steps=steps, facts=facts),
+        )  # fmt: skip
     return report.to_dict()
+
+
+def _teacher(facts: dict) -> Loaded:
+    from tfopt.distillation.teachers import Loaded
+    from tfopt.tfmot.rebuild import build
+
+    model, _ = build(*_model({"model": facts["path"]}))
+    return Loaded(facts["name"], model, InputSpec.from_dict(facts["spec"]), facts["weight"])
 
 
 def _split(files: dict) -> Split:

@@ -1,0 +1,98 @@
+"""Which layers of a student stand for which of a teacher, and what the student's answer in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from tfopt.errors import InputError, ModelRefused, unknown_name
+
+
+def layers_of(model) -> dict:
+    """The layers with features by name, nested models entered; both Keras versions."""
+    found = {}
+    for layer in model._flatten_layers(recursive=True, include_self=False):
+        if not hasattr(layer, "layers") and _shape(layer) is not None:
+            found.setdefault(layer.name, layer)
+    return found
+
+
+def pairs(student, teacher, named: dict[str, str] | None = None) -> dict[str, str]:
+    """{student's layer: teacher's layer}.
+
+    named: what the user says; a name that is none is refused with near misses. Otherwise the ends of stages, which are
+    the last layers of each image size: by name where the teacher's end of that size has the same, else by their size.
+    """
+    own, other = layers_of(student), layers_of(teacher)
+    if named:
+        for mine, theirs in named.items():
+            if mine not in own:
+                raise unknown_name("layer of the student", mine, own)
+            if theirs not in other:
+                raise unknown_name("layer of the teacher", theirs, other)
+            _check_pair(own[mine], other[theirs])
+        return dict(named)
+    ends, theirs = _ends(own), _ends(other)
+    found = {layer: theirs[size] for size, layer in ends.items() if size in theirs}
+    if not found:
+        raise ModelRefused(
+            "No layer of the student has images of the same size as one of the teacher",
+            received=f"student {sorted(ends)}, teacher {sorted(theirs)}",
+            next_step="Name the layers with pairs",
+        )
+    return found
+
+
+@contextmanager
+def listening(model, names: list[str]) -> Iterator[dict]:
+    """While this lasts, the dictionary holds what the named layers answered when they were last called.
+
+    Inside a training step these are tensors of that step's graph, through which gradients flow.
+    """
+    known, heard = layers_of(model), {}
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_tapped(known[name], name, heard))
+        yield heard
+
+
+@contextmanager
+def _tapped(layer, name: str, heard: dict) -> Iterator[None]:
+    own = layer.call
+
+    def call(*args, **kwargs):
+        heard[name] = own(*args, **kwargs)
+        return heard[name]
+
+    object.__setattr__(layer, "call", call)
+    try:
+        yield
+    finally:
+        object.__delattr__(layer, "call")
+
+
+def _shape(layer) -> tuple | None:
+    try:
+        shape = tuple(layer.output.shape)
+    except (AttributeError, RuntimeError, ValueError):  # never called, or called twice
+        return None
+    return shape if len(shape) in (2, 4) else None
+
+
+def _ends(layers: dict) -> dict[tuple, str]:
+    """The last layer of each image size that is larger than one pixel."""
+    found = {}
+    for name, layer in layers.items():
+        shape = _shape(layer)
+        if len(shape) == 4 and None not in shape[1:3] and max(shape[1:3]) > 1 and "Input" not in type(layer).__name__:
+            found[shape[1:3]] = name
+    return found
+
+
+def _check_pair(mine, theirs) -> None:
+    a, b = _shape(mine), _shape(theirs)
+    if len(a) != len(b) or a[1:-1] != b[1:-1]:
+        raise InputError(
+            f"Layers {mine.name} and {theirs.name} have images of different sizes", received=f"{a[1:]} and {b[1:]}",
+            allowed="the same height and width", next_step="Pair other layers",
+        )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Models to learn from: their softened answers, and the features of their layers, on a student's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mobile_bench.inputs import InputSpec
+from tfopt.errors import ModelRefused
+
+if TYPE_CHECKING:
+    from tfopt.distillation.settings import Distillation
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A teacher with its own idea of pixels."""
+
+    name: str
+    model: Any
+    spec: InputSpec
+    weight: float = 1.0
+
+
+def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
+    """The teachers that the settings name, or the study's own model; ModelRefused where one does not fit.
+
+    own: the study's model, which takes images as `spec` says.
+    """
+    from tfopt import models
+
+    if not settings.teachers:
+        return [Loaded(own.name, own, spec)]
+    found = []
+    for teacher in settings.teachers:
+        loaded = models.load(teacher.path, input_spec=teacher.input_spec)
+        found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight))
+    return found
+
+
+def check(teachers: Sequence[Loaded], student_name: str, classes: int, spec: InputSpec) -> None:
+    """Raise ModelRefused where a teacher's classes, labels or images are not the student's, before any training."""
+    for teacher in teachers:
+        theirs = int(teacher.model.output_shape[-1])
+        if theirs != classes:
+            raise ModelRefused(
+                f"Teacher {teacher.name} and student {student_name} have different classes",
+                received=f"{theirs} and {classes}", allowed="the same number, in the same order",
+            )  # fmt: skip
+        if teacher.spec.shape != spec.shape:
+            raise ModelRefused(
+                f"Teacher {teacher.name} and student {student_name} take different images",
+                received=f"{teacher.spec.shape} and {spec.shape}", allowed="the same height, width and channels",
+                next_step="Train the student at the teacher's size, or choose another teacher",
+            )  # fmt: skip
+        labels = teacher.spec.labels, spec.labels
+        if all(labels) and labels[0] != labels[1]:
+            raise ModelRefused(
+                f"Teacher {teacher.name} names its classes otherwise than student {student_name}",
+                received=f"{', '.join(labels[0][:4])} … and {', '.join(labels[1][:4])} …",
+                allowed="the same names in the same order",
+            )  # fmt: skip
+        if classes < 2 or teacher.spec.head == "sigmoid":
+            raise ModelRefused(
+                "Distillation needs softmax or logits", received=f"a {teacher.spec.head} head with {classes} outputs"
+            )
+
+
+class Panel:
+    """All teachers at work inside a training step."""
+
+    def __init__(self, teachers: Sequence[Loaded], spec: InputSpec, keras: ModuleType, features: Sequence[str] = ()):
+        """features: layers of the first teacher to hear as well."""
+        self._teachers, self._spec, self._features = list(teachers), spec, list(features)
+        self._total = sum(teacher.weight for teacher in teachers)
+        self._inside = None
+        if features:
+            from tfopt.distillation.features import layers_of
+
+            known = layers_of(teachers[0].model)
+            model = teachers[0].model
+            self._inside = keras.Model(model.inputs, [known[name].output for name in features])
+
+    def soft(self, images, temperature: float):
+        """The mean of the teachers' probabilities at a temperature, by their weights: (batch, classes)."""
+        import tensorflow as tf
+
+        from tfopt.distillation import losses
+
+        parts = []
+        for teacher in self._teachers:
+            outputs = teacher.model(rescaled(images, self._spec, teacher.spec), training=False)
+            soft = losses.softened(losses.logits_of(outputs, teacher.spec.head), temperature)
+            parts.append(soft * (teacher.weight / self._total))
+        return tf.stop_gradient(tf.add_n(parts))
+
+    def features(self, images) -> dict:
+        """What the first teacher's layers answer."""
+        import tensorflow as tf
+
+        if self._inside is None:
+            return {}
+        first = self._teachers[0]
+        found = self._inside(rescaled(images, self._spec, first.spec), training=False)
+        found = found if isinstance(found, (list, tuple)) else [found]
+        return dict(zip(self._features, map(tf.stop_gradient, found)))
+
+
+def rescaled(images, given: InputSpec, wanted: InputSpec):
+    """Images that are scaled for one model, as another wants them: the same pixels."""
+    import tensorflow as tf
+
+    if given == wanted or (given.mean, given.std, given.order) == (wanted.mean, wanted.std, wanted.order):
+        return images
+    pixels = images * tf.constant(given.std, tf.float32) + tf.constant(given.mean, tf.float32)
+    if given.order != wanted.order:
+        pixels = tf.reverse(pixels, [-1])
+    return (pixels - tf.constant(wanted.mean, tf.float32)) / tf.constant(wanted.std, tf.float32)
