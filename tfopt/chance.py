@@ -10,6 +10,7 @@ from mobile_bench.inputs import SCALINGS
 from mobile_bench.stats import wilson_interval
 from tfopt import training
 from tfopt.errors import ModelError
+from tfopt.graph import flat_layers
 
 if TYPE_CHECKING:
     from tfopt.data import Split
@@ -43,6 +44,7 @@ def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
     assumed = loaded.spec_from == "an assumption"
     if not guessing and not assumed:
         return accuracy
+    _check_numbers(loaded)
     scores = _by_scaling(loaded, split.balanced(TRIAL_IMAGES), graph)
     best = max(scores, key=scores.get)
     here = f"{accuracy:.1%} right of {len(split)} images with scaling {loaded.spec.scaling} ({loaded.spec_from})"
@@ -66,6 +68,17 @@ def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
             "The model's scaling is unknown, and the assumed one is not the best", received=here, next_step=advice
         )
     return accuracy
+
+
+def _check_numbers(loaded: LoadedModel) -> None:
+    for layer in flat_layers(loaded.model):
+        for weight in layer.get_weights():
+            if not np.all(np.isfinite(weight)):
+                raise ModelError(
+                    f"Layer {layer.name} of the model has weights that are not finite numbers",
+                    received=f"{int(np.sum(~np.isfinite(weight)))} of {weight.size}",
+                    next_step="Train the model again with a lower learning rate, or load an earlier checkpoint",
+                )
 
 
 def _by_scaling(loaded: LoadedModel, split: Split, graph) -> dict[str, float]:

@@ -471,6 +471,15 @@ def test_an_untrained_model_is_told_that_no_scaling_helps(digits):
         models.check_not_by_chance(loaded, digits["validation"])
 
 
+def test_a_model_that_has_diverged_is_called_that(digits):
+    model = net(outputs=10)
+    weights = model.get_weights()
+    weights[-1][:2] = np.nan
+    model.set_weights(weights)
+    with pytest.raises(ModelError, match=r"Layer \w+ of the model has weights that are not finite.*2 of 10"):
+        models.check_not_by_chance(models.from_keras(model), digits["validation"])
+
+
 def test_classes_in_another_order_are_recognised(trained, digits):
     validation = digits["validation"]
     moved = dataclasses.replace(validation, labels=((validation.labels + 3) % 10).astype(np.int32))
