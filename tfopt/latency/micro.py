@@ -10,12 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mobile_bench.compare import MIN_ROUNDS, compare
 from mobile_bench.files import write_bytes
 from mobile_bench.jobs import run_job, serve
+from mobile_bench.lock import one_at_a_time
+from mobile_bench.measure import check_can_run
 from mobile_bench.targets import find_places
+from mobile_bench.transports import transport_for
 from tfopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 SCHEMES = ("float32", "int8")
 #: A comparison takes this many files at most.
 _TOGETHER = 8
+#: Files that one process times in turns, and how many processes do so.
+_IN_TURNS, ROUNDS = 16, 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,34 @@ def race(files: Sequence[Path], place: Place) -> list[Verdict]:
     return verdicts
 
 
+def times(
+    files: Sequence[Path], place: Place, *, seconds: float = 0.5, tell: Callable[[int, int], None] | None = None
+) -> list[float]:
+    """Median milliseconds of one run of each file; those of a group in turns, in ROUNDS fresh processes."""
+    target, connection = place.found()
+    check_can_run(target)
+    found: list[float] = []
+    transport = transport_for(target, connection)
+    with one_at_a_time(transport.place, wait_s=3600), transport:
+        for start in range(0, len(files), _IN_TURNS):
+            group = files[start : start + _IN_TURNS]
+            job = {
+                "tflites": len(group), "specs": [None] * len(group), "batch": 1, "threads": target.threads,
+                "runtime": target.runtime, "seed": 0, "seconds": seconds,
+            }  # fmt: skip
+            paths = {f"tflite_{index}": path for index, path in enumerate(group)}
+            rounds = [
+                transport.run("mobile_bench.interleave", {**job, "order_seed": n}, files=paths, timeout_s=900)["blocks"]
+                for n in range(ROUNDS)
+            ]
+            for index in range(len(group)):
+                medians = [median(block) for turns in rounds for turn in turns for block in [turn[index]]]
+                found.append(float(median(medians)))
+            if tell:
+                tell(len(found), len(files))
+    return found
+
+
 def _child(job: dict, emit: Callable[..., None]) -> dict:
     import keras
 
@@ -103,7 +137,7 @@ def _content(model, scheme: str) -> bytes:
     call = tf.function(lambda values: model(values, training=False))
     concrete = call.get_concrete_function(tf.TensorSpec((1, *shape), tf.float32))
     owner = tf.Module()
-    owner.kept = model.weights
+    owner.kept = [variable.value for variable in model.variables]
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], owner)
     if scheme == "int8":
         noise = np.random.default_rng(0).normal(size=(4, 1, *shape)).astype(np.float32)
