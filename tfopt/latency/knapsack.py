@@ -31,16 +31,18 @@ def choose(options: Sequence[Sequence[Option]], budget: float, *, unit: str = ""
     are taken as they are. Raises InputError, with the least that can be reached, where the budget is below that.
     """
     least = sum(min(option.cost for option in group) for group in options)
-    if least > budget * (1 + 1e-12):
+    if least > budget + 1e-12 * abs(budget):
         raise InputError(
             "The budget cannot be reached", received=f"{budget:g}{unit}", allowed=f"{least:g}{unit} and more",
             next_step="Raise it, or let more layers change",
         )  # fmt: skip
     if not options:
         return []
+    if budget - least <= 1e-12 * abs(budget):
+        return [min(range(len(group)), key=lambda i: (group[i].cost, group[i].lost)) for group in options]
     cheapest = [min(group, key=lambda option: option.cost).cost for group in options]
     spare = budget - least
-    part = spare / BINS if spare > 0 else 1.0
+    part = spare / BINS
     lost = np.zeros(BINS + 1)
     taken = []
     for group, low in zip(options, cheapest):
