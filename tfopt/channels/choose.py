@@ -39,10 +39,10 @@ def kept(group: Group, ratio: float, multiple: int = MULTIPLE, *, strict: bool =
             f"Layer {group.name} would be left without a channel", received=f"ratio {ratio:g} of {size} channels",
             allowed=f"at most {1 - 0.5 / size:.3g}", next_step=f"Lower the ratio, or exclude {group.name}",
         )  # fmt: skip
-    return min(allowed(group, multiple), key=lambda count: (abs(count - wanted), -count))
+    return min(_allowed(group, multiple), key=lambda count: (abs(count - wanted), -count))
 
 
-def allowed(group: Group, multiple: int) -> list[int]:
+def _allowed(group: Group, multiple: int) -> list[int]:
     """The counts that a group may be left with, rising."""
     step = multiple // math.gcd(multiple, group.positions)
     while step > 1 and len(group) < 2 * step:
@@ -64,7 +64,7 @@ def by_group(
     for ratio in ratios:
         check_ratio(ratio)
     counts = [kept(group, ratio, multiple, strict=strict) for group, ratio in zip(found.groups, ratios, strict=True)]
-    return least(found, scores, counts)
+    return _least(found, scores, counts)
 
 
 def ratios_of(found: Dependencies, ratios: Mapping[str, float], default: float = 0.0) -> list[float]:
@@ -92,7 +92,7 @@ def overall(
     kind: the importance that the scores are of, for `comparable`. No group loses more than MOST_OF_A_GROUP.
     """
     check_ratio(ratio)
-    return least(found, scores, _overall(found, comparable(found, scores, kind), ratio, multiple))
+    return _least(found, scores, _overall(found, comparable(found, scores, kind), ratio, multiple))
 
 
 def _overall(found: Dependencies, values: np.ndarray, ratio: float, multiple: int) -> list[int]:
@@ -134,7 +134,7 @@ def to_macs(
         return [kept(group, ratio, multiple, strict=False) for group in found.groups]
 
     def share(counts: list[int]) -> float:
-        return costs.macs(found.keep(least(found, scores, counts))) / max(before, 1)
+        return costs.macs(found.keep(_least(found, scores, counts))) / max(before, 1)
 
     low, high = 0.0, 1 - 1e-6
     counts = choice(high)
@@ -156,20 +156,36 @@ def to_macs(
     back = []
     for number, group in enumerate(found.groups):
         now = counts[number]
-        more = min((count for count in allowed(group, multiple) if count > now), default=now)
+        more = min((count for count in _allowed(group, multiple) if count > now), default=now)
         if more > now:
             back.append((float(ordered[number][now:more].mean()), number, more))
     for _, number, more in sorted(back, reverse=True):
         raised = [*counts[:number], more, *counts[number + 1 :]]
         if share(raised) <= fraction:
             counts = raised
-    return least(found, scores, counts)
+    return _least(found, scores, counts)
 
 
-def least(found: Dependencies, scores: np.ndarray, counts: list[int]) -> list[int]:
-    """The least important units of each group, all but as many as stay."""
+def _least(found: Dependencies, scores: np.ndarray, counts: list[int]) -> list[int]:
     removed = []
     for group, count in zip(found.groups, counts, strict=True):
         order = np.argsort(scores[group.units], kind="stable")
         removed += group.units[order[: len(group) - count]].tolist()
     return removed
+
+
+def allowed(group: Group, multiple: int = MULTIPLE) -> list[int]:
+    """The counts of units that a group may keep under a budget, rising: no less than MOST_OF_A_GROUP leaves."""
+    least = kept(group, MOST_OF_A_GROUP, multiple, strict=False)
+    return [count for count in _allowed(group, multiple) if count >= least] if len(group) > 1 else [len(group)]
+
+
+def losses(group: Group, values: np.ndarray, counts: Sequence[int]) -> list[float]:
+    """The importance lost where a group keeps so many of its units, the least important ones gone."""
+    rising = np.concatenate([[0.0], np.cumsum(np.sort(values[group.units]))])
+    return [float(rising[len(group) - count]) for count in counts]
+
+
+def by_counts(found: Dependencies, scores: np.ndarray, counts: Sequence[int]) -> list[int]:
+    """The least important units of each group, so that it keeps that many."""
+    return _least(found, scores, list(counts))
