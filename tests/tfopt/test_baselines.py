@@ -65,7 +65,7 @@ def test_baselines_are_chosen_by_their_classes():
 
 def test_data_with_other_classes_gets_a_new_head_and_says_so(digits, monkeypatch, tmp_path):
     monkeypatch.setenv("TFOPT_CACHE", str(tmp_path))
-    monkeypatch.setitem(demo.ADAPTATION, "steps", 60)
+    monkeypatch.setitem(demo.ADAPTATION, "steps", 12)
     few = dataclasses.replace(digits, class_names=tuple(f"digit {n}" for n in range(10)))
     monkeypatch.setattr(tfopt.data, "load", lambda place: few)
     said = []
