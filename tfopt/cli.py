@@ -16,6 +16,7 @@ from rich.table import Table
 from mobile_bench.cli_support import run_app
 from mobile_bench.records import SCHEMA_VERSION, Target
 from tfopt import precheck_command, sensitivity_command, xray
+from tfopt.latency import command as latency
 from tfopt.quiet import native_chatter_to_log
 from tfopt.rescue import command as rescue
 
@@ -288,6 +289,7 @@ app.command("xray")(xray.command)
 app.command("rescue")(rescue.command)
 app.command("sensitivity")(sensitivity_command.command)
 app.command("precheck")(precheck_command.command)
+app.command("latency")(latency.command)
 
 
 @app.command()

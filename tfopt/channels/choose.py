@@ -172,3 +172,20 @@ def _least(found: Dependencies, scores: np.ndarray, counts: list[int]) -> list[i
         order = np.argsort(scores[group.units], kind="stable")
         removed += group.units[order[: len(group) - count]].tolist()
     return removed
+
+
+def allowed(group: Group, multiple: int = MULTIPLE) -> list[int]:
+    """The counts of units that a group may keep under a budget, rising: no less than MOST_OF_A_GROUP leaves."""
+    least = kept(group, MOST_OF_A_GROUP, multiple, strict=False)
+    return [count for count in _allowed(group, multiple) if count >= least] if len(group) > 1 else [len(group)]
+
+
+def losses(group: Group, values: np.ndarray, counts: Sequence[int]) -> list[float]:
+    """The importance lost where a group keeps so many of its units, the least important ones gone."""
+    rising = np.concatenate([[0.0], np.cumsum(np.sort(values[group.units]))])
+    return [float(rising[len(group) - count]) for count in counts]
+
+
+def by_counts(found: Dependencies, scores: np.ndarray, counts: Sequence[int]) -> list[int]:
+    """The least important units of each group, so that it keeps that many."""
+    return _least(found, scores, list(counts))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from mobile_bench.records import Skip, StepReport
-from tfopt.channels.limits import IMPORTANCES, SCOPES, check_ratio
+from tfopt.channels.limits import DEFAULT_RATIO, IMPORTANCES, SCOPES, check_latency, check_ratio
 from tfopt.errors import InputError, ModelRefused, unknown_name
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
@@ -39,6 +39,9 @@ class Narrow(Technique):
 
     ratio: of each group of layers whose channels hang together ('uniform'), or of all channels of the model by one
     threshold ('global'). macs: if given, as many channels go as leave that fraction of the MACs, instead of ratio.
+    latency, milliseconds: if given, those that matter least for what they cost on `target` go until that fraction of
+    the model's measured latency, or so many milliseconds, are left; by the latency `table` at that path, or one that is
+    measured first, of files of that `scheme` with so many `threads`.
     importance: taylor (on training images), l1, l2, bn_scale, fpgm, random. layers: other ratios by name or pattern of
     the layer that makes the channels, 0 to leave alone: {stem: 0, 'block3_*': 0.6}; 'uniform' alone. multiple: what
     the number of channels that stay is rounded to. include, exclude: patterns of names or types; only included kernels
@@ -50,10 +53,16 @@ class Narrow(Technique):
     adds: ClassVar[frozenset[Property]] = frozenset({Property.NARROW})
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.NARROW, Property.LOW_RANK})
 
-    ratio: float = 0.3
+    ratio: float | None = None
     importance: str = "taylor"
     scope: str = "uniform"
     macs: float | None = None
+    latency: float | None = None
+    milliseconds: float | None = None
+    table: str = ""
+    target: str = ""
+    scheme: str = ""
+    threads: int = 0
     layers: dict[str, float] = field(default_factory=dict)
     multiple: int = 8
     include: tuple[str, ...] = ()
@@ -71,7 +80,10 @@ class Narrow(Technique):
         for name, known in (("importance", IMPORTANCES), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
-        check_ratio(self.ratio)
+        check_latency(self)
+        if self.ratio is None and not self._timed:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        check_ratio(self.ratio or 0.0)
         if not isinstance(self.layers, dict):
             raise InputError("layers is not a table of ratios", received=repr(self.layers), allowed="{LAYER: RATIO}")
         for layer, ratio in self.layers.items():
@@ -88,8 +100,15 @@ class Narrow(Technique):
                 received=f"layers with {'macs' if self.macs is not None else 'scope global'}",
                 allowed="layers with scope uniform and without macs",
             )
-        if self.macs is None and self.ratio == 0 and not any(self.layers.values()):
+        if self.macs is None and not self._timed and self.ratio == 0 and not any(self.layers.values()):
             raise InputError("A ratio of 0 removes no channel", received=self.ratio, allowed="above 0, below 1")
+
+    @property
+    def _timed(self) -> bool:
+        return self.latency is not None or self.milliseconds is not None
+
+    def files(self) -> tuple[str, ...]:
+        return (*super().files(), self.table) if self.table else super().files()
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras
@@ -103,7 +122,7 @@ class Narrow(Technique):
         model, spec, split = optimized.model, optimized.spec, context.data["train"]
         found = self._analyze(model)
         first = found
-        plan = _Plan(self, found)
+        plan = _Plan(self, found, spec, context.progress)
         plan.check()
         facts: list[dict] = []
         reports: list[TrainReport] = []
@@ -136,6 +155,9 @@ class Narrow(Technique):
             for name, (before, after) in whole.layers.items() if after == before
         ]  # fmt: skip
         notes = [_moved(whole)]
+        if plan.budget:
+            latency = plan.budget.facts(self._analyze(model))
+            notes.append(_timed_note(latency))
         if self.importance == "bn_scale" and (names := without_norm(first)):
             notes.append(f"No batch norm judges the channels of {', '.join(names)}: there l1 did")
         result = OptimizedModel(model, spec, optimized.properties | self.adds)
@@ -154,6 +176,7 @@ class Narrow(Technique):
                 "channels": {name: list(counts) for name, counts in whole.layers.items()},
                 "rounds": facts,
                 "accuracy_before_training": reports[0].accuracy_before,
+                **({"latency": latency} if plan.budget else {}),
             },
             notes=tuple(notes),
         )
@@ -166,7 +189,7 @@ class Narrow(Technique):
         from tfopt.channels import cut
 
         found = self._analyze(optimized.model)
-        plan = _Plan(self, found)
+        plan = _Plan(self, found, optimized.spec)
         plan.check()
         removed = plan.choose(found, self._scores(found, optimized, context), 1.0)
         smaller = cut.cut(found, removed)
@@ -203,14 +226,21 @@ class Narrow(Technique):
 class _Plan:
     """How much goes in each round, measured by the model that the step began with."""
 
-    def __init__(self, settings: Narrow, first: Dependencies):
+    def __init__(self, settings: Narrow, first: Dependencies, spec=None, progress=None):
         from tfopt.channels import choose
         from tfopt.graph import count_macs
 
         self._settings, self._first, self._choose = settings, first, choose
         self._sizes = dict(zip(_keys(first), map(len, first.groups)))
-        self._ratios = dict(zip(_keys(first), choose.ratios_of(first, settings.layers, settings.ratio)))
+        self._ratios = dict(zip(_keys(first), choose.ratios_of(first, settings.layers, settings.ratio or 0.0)))
         self._macs = count_macs(first.model)
+        self.budget = None
+        if settings._timed:
+            from tfopt.latency.channels import Budget, Wanted, table_for
+
+            names = ("latency", "milliseconds", "table", "target", "scheme", "threads")
+            wanted = Wanted(**{name: getattr(settings, name) for name in names})
+            self.budget = Budget(wanted, first, *table_for(wanted, first, spec, progress))
 
     def check(self) -> None:
         """Refuse before any training what cannot be done, or would do nothing."""
@@ -218,13 +248,13 @@ class _Plan:
 
         found, settings = self._first, self._settings
         none = np.zeros(int(found.units.max()) + 1)
-        if settings.macs is not None or settings.scope == "global":
+        if self.budget or settings.macs is not None or settings.scope == "global":
             removed = self.choose(found, none + np.random.default_rng(0).random(len(none)), 1.0)
         else:
             removed = self._choose.by_group(found, none, list(self._ratios.values()), settings.multiple)
         if not removed:
             raise ModelRefused(
-                "No layer of the model loses a channel", received=f"ratio {settings.ratio:g} in multiples of "
+                "No layer of the model loses a channel", received=f"ratio {settings.ratio or 0:g} in multiples of "
                 f"{settings.multiple}", next_step="Raise ratio, or lower multiple",
             )  # fmt: skip
 
@@ -233,6 +263,9 @@ class _Plan:
         from tfopt.graph import count_macs
 
         settings, choose = self._settings, self._choose
+        if self.budget:
+            kind, multiple = settings.importance, settings.multiple
+            return self.budget.choose(found, scores, share, kind=kind, multiple=multiple)
         if settings.macs is not None:
             fraction = settings.macs**share * self._macs / count_macs(found.model)
             if fraction >= 1:
@@ -306,6 +339,14 @@ def _moved(whole) -> str:
         f"{narrower} of {len(whole.layers)} kernels that can lose channels did: parameters to "
         f"{whole.parameters_after / whole.parameters_before:.0%}, MACs to "
         f"{whole.macs_after / max(whole.macs_before, 1):.0%}"
+    )
+
+
+def _timed_note(latency: dict) -> str:
+    return (
+        f"Latency on {latency['target']} ({latency['scheme']}, {latency['threads']} thread(s)): measured "
+        f"{latency['measured_ms']:.4g} ms before, {latency['predicted_ms']:.4g} ms predicted after, the budget being "
+        f"{latency['budget_ms']:.4g} ms"
     )
 
 
