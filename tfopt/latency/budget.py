@@ -8,7 +8,7 @@ that it makes. Solved in three steps, each judged by the whole cost and not by i
 2. around the best of these, each group's costs with all others fixed make an ordinary knapsack, solved exactly and
    taken if the whole cost keeps the budget, as HALP (Shen et al. 2022, arXiv:2110.10811) linearizes; the neighbourhood
    shrinks where it does not;
-3. channels are given back one group at a time, or exchanged between two, until nothing gains.
+3. one group or two are lowered and channels given back to where they gain most, until no such exchange gains.
 
 Each step only ever lowers what is lost. Without coupling the second alone is exact; with it, the tests compare all
 three with every combination.
@@ -16,7 +16,7 @@ three with every combination.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from tfopt.latency.predict import Cost
 
 _HALVINGS, _SWEEPS, _ROUNDS = 30, 20, 40
 _NEIGHBOURHOODS = (6, 3, 1)
-_EXCHANGES = 200
+_EXCHANGES, _DEEPEST, _KICKS = 200, 8, 100
 _SAME = 1e-9
 
 
@@ -137,38 +137,50 @@ class Search:
         return None
 
     def _exchanged(self, best: list[int], budget: float) -> list[int]:
+        best = self._filled(best, budget)
         for _ in range(_EXCHANGES):
-            found = self._raised(best, budget) or self._swapped(best, budget)
+            found = next(filter(None, (self._refilled(best, lower, budget) for lower in self._lowered(best))), None)
             if found is None:
-                break
+                return best
             best = found
         return best
 
-    def _raised(self, best: list[int], budget: float) -> list[int] | None:
-        spare, found = budget - self._total(best), None
-        gain = 0.0
+    def _lowered(self, best: list[int]) -> Iterator[list[int]]:
+        """One group lower, by each number of steps; then two at random, the same ones each time."""
         for group in self._groups:
-            costs = self._costs(group, best)
-            for place in range(len(self._options[group])):
-                more = self._lost[group][best[group]] - self._lost[group][place]
-                if more > gain and costs[place] - costs[best[group]] <= spare:
-                    found, gain = [*best[:group], place, *best[group + 1 :]], more
-        return found if gain > _SAME * max(self._loss(best), 1e-30) else None
+            for place in range(best[group] - 1, max(-1, best[group] - 1 - _DEEPEST), -1):
+                yield [*best[:group], place, *best[group + 1 :]]
+        random = np.random.default_rng(0)
+        for _ in range(_KICKS if len(best) > 1 else 0):
+            found = [*best]
+            for group in random.choice(len(best), 2, replace=False):
+                found[group] = int(random.integers(0, best[group] + 1))
+            yield found
 
-    def _swapped(self, best: list[int], budget: float) -> list[int] | None:
-        """One group a step down and the best that another can make of it."""
-        now = self._loss(best)
-        for group in self._groups:
-            for step in (1, 2, 3):
-                if best[group] < step:
+    def _refilled(self, best: list[int], lower: list[int], budget: float) -> list[int] | None:
+        if self._total(lower) > budget:
+            return None
+        # First without the groups that were lowered, which would take it all back.
+        held = [group for group in self._groups if lower[group] != best[group]]
+        found = self._filled(self._filled(lower, budget, held), budget)
+        return found if self._loss(found) < self._loss(best) * (1 - _SAME) else None
+
+    def _filled(self, places: list[int], budget: float, held: Sequence[int] = ()) -> list[int]:
+        """Give channels back to the group that gains most by it, for as long as any fits."""
+        while True:
+            spare, gain, raised = budget - self._total(places), _SAME * max(self._loss(places), 1e-30), None
+            for group in self._groups:
+                if group in held or self._lost[group][places[group]] <= gain:
                     continue
-                lower = [*best[:group], best[group] - step, *best[group + 1 :]]
-                if self._total(lower) > budget:
-                    continue
-                found = self._raised(lower, budget)
-                if found and self._loss(found) < now * (1 - _SAME):
-                    return found
-        return None
+                costs = self._costs(group, places)
+                gains = np.where(
+                    costs - costs[places[group]] <= spare, self._lost[group][places[group]] - self._lost[group], 0
+                )
+                if gains.max() > gain:
+                    gain, raised = float(gains.max()), (group, int(gains.argmax()))
+            if raised is None:
+                return places
+            places = [*places[: raised[0]], raised[1], *places[raised[0] + 1 :]]
 
     def _costs(self, group: int, places: list[int]) -> np.ndarray:
         """What the terms that see a group cost at each of its options, all others as they are."""

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from mobile_bench.files import write_bytes, write_json
 from mobile_bench.turns import ROUNDS, Turns, time_in_turns
-from tfopt.errors import ConversionError, InputError, Problem
+from tfopt.errors import ConversionError, InputError
 from tfopt.latency import grid, micro, widths
+from tfopt.latency.anchor import Anchor, profiled
 from tfopt.latency.parts import Anatomy, in_words, macs_of, ranges, spec_of
 from tfopt.latency.table import MACHINE, Family, Setting, Table
 
@@ -29,11 +30,6 @@ YARDSTICK = micro.LayerSpec("Conv2D", (14, 14, 128), {"filters": 128, "kernel_si
 #: As good as no work: what calling the runtime costs.
 NOTHING = micro.LayerSpec("Conv2D", (1, 1, 1), {"filters": 1, "kernel_size": 1})
 BATCH, SECONDS = 48, 2.0
-#: What a profile calls the work of kernels.
-_KERNELS = ("convolution", "fully connected", "deconvolution", "conv_2d", "depthwise_conv_2d", "fully_connected",
-            "transpose_conv")  # fmt: skip
-_PROFILE_RUNS = 100
-
 #: The whole model and the yardstick are timed in so many processes.
 WHOLE_ROUNDS = 6
 #: (files, rounds) -> their times; the tests put their own here.
@@ -74,13 +70,13 @@ def plan(found: Anatomy, points: int = grid.POINTS) -> dict[str, tuple[tuple, li
 def measure(
     found: Anatomy, whole: Callable[[Path], Path], name: str, place: micro.Place, out: Path, *,
     points: int = grid.POINTS, seconds: float = SECONDS, on_progress: OnProgress | None = None,
-    timer: Timer | None = None, share: Callable[[Path], float | None] | None = None,
+    timer: Timer | None = None, profiler: Callable[[Path], Anchor] | None = None,
 ) -> Table:  # fmt: skip
     """Measure what is missing and write the table to `out`.
 
     whole: makes the .tflite of the whole model in a folder, and is called only when it is needed. seconds: of timing
     in each of three processes a batch. on_progress(done, total, facts) with facts['what'] and facts['seconds_left'].
-    timer, share: by default mobile_bench's turns and profile on `place`. An interrupt loses the running batch alone.
+    timer, profiler: by default mobile_bench's turns and profile on `place`. An interrupt loses the running batch alone.
     """
     if not found.parts:
         raise InputError("The model has no layer with a kernel that could be measured", received=name)
@@ -110,15 +106,17 @@ def measure(
     found_whole = timer([files.yardstick, path], WHOLE_ROUNDS)
     notes.check(found_whole.device)
     clock.next("profiling the whole model")
-    kernel_share = (share or _share(target, connection))(path)
-    table = _table(found, wanted, notes, found_whole, kernel_share, setting, name)
+    anchor = profiler(path) if profiler else profiled(path, target, connection)
+    table = _table(found, wanted, notes, found_whole, anchor, setting, name)
     table.save(out)
     notes.path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return table
 
 
-def _table(found: Anatomy, wanted: Mapping, notes: _Notes, whole: Turns, share, setting: Setting, name: str) -> Table:
+def _table(
+    found: Anatomy, wanted: Mapping, notes: _Notes, whole: Turns, anchor: Anchor, setting: Setting, name: str
+) -> Table:
     yardstick_ms = statistics.median(notes.yardsticks)
     # What calling the runtime costs is in every file once, and in the whole model once.
     overhead = statistics.median(notes.overheads)
@@ -137,9 +135,9 @@ def _table(found: Anatomy, wanted: Mapping, notes: _Notes, whole: Turns, share, 
     for part in found.parts:
         first.setdefault(part.family, part.layer)
     return Table(
-        setting, families, timing.ms * per_ms, timing.low_ms * per_ms, timing.high_ms * per_ms, share, parts_ms,
+        setting, families, timing.ms * per_ms, timing.low_ms * per_ms, timing.high_ms * per_ms, anchor.share, parts_ms,
         {key: notes.device[key] for key in notes.device if key != "during"}, name, model_key(found),
-        datetime.now(UTC).isoformat(timespec="seconds"), first,
+        datetime.now(UTC).isoformat(timespec="seconds"), first, anchor.layers,
     )  # fmt: skip
 
 
@@ -273,21 +271,6 @@ def _template(family: str, widest: Cell) -> tuple[tuple[int, int | None], Callab
 
 def _size(cell: Cell) -> tuple[int, int]:
     return cell.read, cell.made
-
-
-def _share(target, connection) -> Callable[[Path], float | None]:
-    """The share of a model's time that its kernels take, by the runtime's profiler; None where it has none."""
-    from mobile_bench.profile import profile
-
-    def share(path: Path) -> float | None:
-        try:
-            found = profile(path, target, connection=connection, runs=_PROFILE_RUNS)
-        except Problem:
-            return None
-        own = sum(op.avg_ms for op in found.ops if op.node_type.lower().startswith(_KERNELS))
-        return own / found.total_ms if own else None
-
-    return share
 
 
 def file_of(model, spec, scheme: str) -> Callable[[Path], Path]:

@@ -128,11 +128,24 @@ def spec_of(family: str, read: int, made: int | None) -> LayerSpec:
 
 
 def macs_of(family: str, read: int, made: int | None) -> float:
-    """About how much such a layer computes: enough to put those beside each other that take as long."""
+    """Multiply-accumulates of such a layer for one image; of a separable one only those of its second kernel."""
     settings = json.loads(family)
-    area = math.prod(settings["size"]) * math.prod(settings.get("kernel_size", [1]))
-    area /= math.prod(settings.get("strides", [1])) if "Transpose" not in settings["kind"] else 1
-    return area * read * (made or 1) / settings.get("groups", 1)
+    size, kernel = settings["size"], settings.get("kernel_size", [])
+    if settings["kind"].startswith("Separable"):
+        kernel, positions = [], _outputs(settings)
+    elif settings["kind"].endswith("Transpose"):
+        positions = math.prod(size)
+    else:
+        positions = _outputs(settings) if kernel else math.prod(size)
+    channels = read * settings.get("depth_multiplier", 1) * (made or 1)
+    return positions * math.prod(kernel) * channels / settings.get("groups", 1)
+
+
+def _outputs(settings: dict) -> int:
+    """The positions of a convolution's output."""
+    same, dilations = settings["padding"] == "same", settings.get("dilation_rate", [1] * len(settings["size"]))
+    reach = [0 if same else dilation * (k - 1) for dilation, k in zip(dilations, settings["kernel_size"])]
+    return math.prod(-(-(n - less) // stride) for n, less, stride in zip(settings["size"], reach, settings["strides"]))
 
 
 def in_words(family: str) -> str:
@@ -149,19 +162,14 @@ def in_words(family: str) -> str:
 
 
 def ranges(parts: tuple[Part, ...], groups: tuple[int, ...]) -> Mapping[str, tuple]:
-    """family -> (channels read, channels made or None), each (the most, whether they can get fewer)."""
+    """family -> (channels read, channels made or None), each (what can get fewer, what cannot) in the whole model."""
     found: dict[str, list] = {}
     for part in parts:
-        axes = [None if count is None else (count.of(groups), bool(count.units)) for count in (part.read, part.made)]
-        found.setdefault(part.family, []).append(axes)
-    made = {}
-    for family, rows in found.items():
-        columns = [[row[axis] for row in rows] for axis in (0, 1)]
-        made[family] = tuple(
-            None if column[0] is None else (sorted({most for most, _ in column}), any(free for _, free in column))
-            for column in columns
-        )
-    return made
+        rows = found.setdefault(part.family, [(set(), set()), (set(), set()) if part.made else None])
+        for row, count in zip(rows, (part.read, part.made)):
+            if count is not None:
+                row[0 if count.units else 1].add(count.of(groups))
+    return {family: tuple(rows) for family, rows in found.items()}
 
 
 def _count(found: Dependencies, group_of: dict[int, int], tensor) -> Count:

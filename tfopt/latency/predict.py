@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tfopt.channels.dependencies import Dependencies
-from tfopt.latency.parts import Anatomy, anatomy
+from tfopt.latency.anchor import factors
+from tfopt.latency.parts import Anatomy, Part, anatomy
 from tfopt.latency.table import Table
 
 
@@ -24,16 +25,26 @@ class Latency:
     """Milliseconds by a table: kernels by their cells, other operations by the values that they read and write.
 
     of(counts): the whole network where group g keeps counts[g] units. seeing(g, counts): of that, what depends on
-    counts[g]. Both are scaled so that the model that the table was measured with takes what was measured.
+    counts[g]. The model that the table was measured with takes what was measured; its kernels are scaled to that each
+    by its own factor (tfopt.latency.anchor), or all by one where not `anchored`.
     """
 
-    def __init__(self, found: Dependencies | Anatomy, table: Table, first: Anatomy | None = None):
+    def __init__(
+        self, found: Dependencies | Anatomy, table: Table, first: Anatomy | None = None, *, anchored: bool = True
+    ):
         """first: the model that the table was measured with, where this one is already narrower."""
         self._anatomy = own = found if isinstance(found, Anatomy) else anatomy(found)
         first = first or own
         self.groups = own.groups
         self._table, self._known = table, {}
-        self._scale = table.scale
+        alone = [self._alone(part, first.groups) for part in first.parts]
+        layers = table.profiled if anchored else {}
+        self._factors = dict(
+            zip(
+                [(part.layer, part.family) for part in first.parts],
+                factors(first.parts, alone, layers, table.whole_ms - table.rest_ms),
+            )
+        )
         values = first.values(first.groups)
         self._per_value = table.rest_ms / values if values else 0.0
         # What no other operation takes is there whatever becomes of the channels.
@@ -54,13 +65,14 @@ class Latency:
             found[part.layer] = found.get(part.layer, 0.0) + self._sum([part], [], counts)
         return found
 
+    def _alone(self, part: Part, counts) -> float:
+        key = part.family, max(1, part.read.of(counts)), part.made and max(1, part.made.of(counts))
+        if key not in self._known:
+            self._known[key] = self._table.families[key[0]].ms(key[1], key[2])
+        return self._known[key]
+
     def _sum(self, parts, others, counts) -> float:
-        total = 0.0
-        for part in parts:
-            key = part.family, max(1, part.read.of(counts)), part.made and max(1, part.made.of(counts))
-            if key not in self._known:
-                self._known[key] = self._scale * self._table.families[key[0]].ms(key[1], key[2])
-            total += self._known[key]
+        total = sum(self._factors[part.layer, part.family] * self._alone(part, counts) for part in parts)
         return total + self._per_value * sum(other.values * other.channels.of(counts) for other in others)
 
 

@@ -75,8 +75,9 @@ class Table:
 
     families: family -> its cells. whole_ms: the whole model's latency with its 95% interval (whole_low_ms,
     whole_high_ms), in the same unit of the machine's speed as the cells. kernel_share: the share of its time that
-    kernels take by the runtime's own profile; None where it cannot be profiled. parts_ms: what the table says of the
-    model's kernels together. device: of mobile_bench. model_key: of the layers' names, families and channels.
+    kernels take by the runtime's own profile; None where it cannot be profiled. profiled: layer -> milliseconds of its
+    kernel in that profile, where it names it. parts_ms: what the table says of the model's kernels together. device:
+    of mobile_bench. model_key: of the layers' names, families and channels.
     """
 
     setting: Setting
@@ -91,6 +92,7 @@ class Table:
     model_key: str
     created_at: str
     layers: Mapping[str, str] = field(default_factory=dict)
+    profiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -148,7 +150,7 @@ class Table:
         facts = {
             name: getattr(self, name) for name in (
                 "whole_ms", "whole_low_ms", "whole_high_ms", "kernel_share", "parts_ms", "ratio", "device", "model",
-                "model_key", "created_at",
+                "model_key", "created_at", "profiled",
             )
         }  # fmt: skip
         return {
@@ -194,7 +196,7 @@ def _from_dict(values: dict) -> Table:
         families[name], layers[name] = Family((rows, columns), cells), one.get("layer", "")
     facts = {name: values[name] for name in (
         "whole_ms", "whole_low_ms", "whole_high_ms", "kernel_share", "parts_ms", "device", "model", "model_key",
-        "created_at",
+        "created_at", "profiled",
     )}  # fmt: skip
     if not facts["whole_ms"] > 0 or not facts["parts_ms"] > 0:
         raise ValueError("its times are not above 0")
