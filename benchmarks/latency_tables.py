@@ -52,6 +52,7 @@ def build(name: str):
 
 def measure(name: str, scheme: str, fractions: list[float], folder: Path, write) -> None:
     from tfopt.channels import cut, dependencies, importance
+    from tfopt.errors import ModelRefused
     from tfopt.latency import channels, fill, micro, predict
     from tfopt.latency.table import Setting
 
@@ -68,7 +69,10 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
     macs = predict.Macs(found)
     by_time, by_macs = channels.search(found, scores, time), channels.search(found, scores, macs)
     for fraction in fractions:
-        chosen = by_time.within(fraction * table.whole_ms)
+        try:
+            chosen, reached = by_time.within(fraction * table.whole_ms), True
+        except ModelRefused:
+            chosen, reached = by_time.least(), False  # what there is then is measured all the same
         other = _as_dear(by_macs, macs.of(macs.groups), chosen.lost)
         with tempfile.TemporaryDirectory() as work:
             files = []
@@ -79,7 +83,7 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
         predicted = {key: [cost.of(c.counts) / table.whole_ms for c in (chosen, other)]
                      for key, cost in (("anchored", time), ("plain", plain))}  # fmt: skip
         write({
-            "model": name, "scheme": scheme, "fraction": fraction, "table_ratio": table.ratio,
+            "model": name, "scheme": scheme, "fraction": fraction, "reached": reached, "table_ratio": table.ratio,
             "whole_ms": table.whole_ms, "lost": [chosen.lost, other.lost], "predicted": predicted,
             "macs": [macs.of(c.counts) / macs.of(macs.groups) for c in (chosen, other)],
             "counts": [list(c.counts) for c in (chosen, other)], **facts,
@@ -88,14 +92,14 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
 
 def _as_dear(search, whole: float, lost: float):
     """The fewest MACs that lose no more."""
-    from tfopt.errors import ModelRefused
+    from tfopt.errors import Problem
 
     low, high, best = search.least().cost / whole, 1.0, search.within(whole)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         try:
             found = search.within(middle * whole, unit=" MACs")
-        except ModelRefused:
+        except Problem:
             low = middle
             continue
         if found.lost <= lost:
@@ -135,8 +139,9 @@ def markdown(rows: list[dict]) -> str:
         own, other = row["measured"]
         error = lambda key, row=row, own=own: f"{row['predicted'][key][0] / own - 1:+.0%}"
         predicted = row["predicted"]["anchored"][0]
+        budget = f"{row['fraction']:.0%}" + ("" if row.get("reached", True) else ", the least there is")
         lines.append(
-            f"| {Path(row['model']).stem} | {row['scheme']} | {row['fraction']:.0%} | {row['lost'][0]:.4g} / "
+            f"| {Path(row['model']).stem} | {row['scheme']} | {budget} | {row['lost'][0]:.4g} / "
             f"{row['lost'][1]:.4g} | {row['macs'][0]:.0%} / {row['macs'][1]:.0%} | {predicted:.0%} | "
             f"{own:.0%} | {error('anchored')} | {error('plain')} | {other:.0%} | {row['ratio']:.2f} "
             f"[{row['low']:.2f}, {row['high']:.2f}] | {row['verdict']} |"

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_bench.errors import InputError, ModelRefused, Problem
+from mobile_bench.errors import InputError, JobFailed, ModelRefused, Problem
 from mobile_bench.turns import Timing, Turns, timings_of
 from tfopt.channels import choose, costs, cut, dependencies, importance
 from tfopt.latency import anchor, budget, channels, fill, grid, micro, parts, predict, table, widths
@@ -253,6 +254,23 @@ def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
         whole, own = cost.of(found.groups) - cost.of(one), cost.seeing(group, found.groups) - cost.seeing(group, one)
         assert own == pytest.approx(whole)
     assert sum(cost.layers(found.groups).values()) + again.rest_ms == pytest.approx(again.whole_ms)
+
+
+def test_what_the_runtime_cannot_run_is_named_and_the_rest_kept():
+    def timer(files, rounds):
+        if any("64 -> 16" in file for file in files):
+            raise JobFailed("The process crashed")
+        return Turns(tuple(Timing(1, 1, 1, 1) for _ in files), rounds, DEVICE, ())
+
+    (family,) = {part.family for part in parts.anatomy(network()).parts[:1]}
+    cells = [fill.Cell(family, read, 16) for read in (8, 16, 24, 32, 64, 72)]
+    files = SimpleNamespace(yardstick="y", nothing="n", cell=lambda cell: f"{cell.read} -> {cell.made}")
+    kept = []
+    with pytest.raises(ModelRefused, match="Conv2D 3x3 on 8x8, 64 channels in, 16 out: The process crashed"):
+        for part, turns in fill._timed(cells, files, timer):
+            assert len(turns.timings) == 2 + len(part)
+            kept += part
+    assert [cell.read for cell in kept] == [8, 16, 24, 32]
 
 
 def test_cells_of_two_machines_make_no_table(tmp_path):
