@@ -3,6 +3,7 @@
     python benchmarks/latency_tables.py                        the models below, float32 and int8
     python benchmarks/latency_tables.py --only resnet8 --schemes int8
     python benchmarks/latency_tables.py --table                what was measured so far, as Markdown
+    python benchmarks/latency_tables.py --stairs               one convolution by its output channels
 
 For each model a table is measured. Then, for each fraction of its latency, channels are chosen by the table; and by
 multiply-accumulates with the same search, as few of them as lose no more importance (l1). Both smaller models are
@@ -90,6 +91,21 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
         })  # fmt: skip
 
 
+def stairs() -> str:
+    """A 1x1 convolution of 128 channels on 28x28, microseconds by its output channels, as Markdown."""
+    from tfopt.latency import micro
+
+    counts = list(range(8, 136, 8))
+    rows = ["| output channels | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    layers = {str(n): micro.LayerSpec("Conv2D", (28, 28, 128), {"filters": n, "kernel_size": 1}) for n in counts}
+    for scheme in ("float32", "int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            files = micro.convert_layers(layers, scheme, Path(folder))
+            found = micro.times(files, micro.Place(scheme=scheme), seconds=2)
+        rows.append(f"| {scheme}, µs | " + " | ".join(f"{1000 * timing.ms:.0f}" for timing in found.values()) + " |")
+    return "\n".join(rows)
+
+
 def _as_dear(search, whole: float, lost: float):
     """The fewest MACs that lose no more."""
     from tfopt.errors import Problem
@@ -160,7 +176,11 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="*", type=float, default=list(FRACTIONS))
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "latency_tables.jsonl")
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--stairs", action="store_true", help="measure one convolution and nothing else")
     options = parser.parse_args()
+    if options.stairs:
+        print(stairs())
+        return
     rows = _read(options.results)
     options.results.parent.mkdir(parents=True, exist_ok=True)
 

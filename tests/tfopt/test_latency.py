@@ -106,6 +106,24 @@ def test_the_knapsack_loses_as_little_as_any_choice(groups, most):
     assert sum(o.lost for o in picked) == pytest.approx(min(sum(o.lost for o in way) for way in ways))
 
 
+def test_a_large_knapsack_merges_neighbours_and_still_keeps_the_budget(monkeypatch):
+    random = np.random.default_rng(0)
+    options = []
+    for _ in range(25):
+        costs = np.sort(random.uniform(0, 10, 12))
+        options.append(
+            [Option(float(lost), float(cost)) for lost, cost in zip(10 - costs + random.uniform(0, 3), costs)]
+        )
+    most = 0.4 * sum(group[-1].cost for group in options)
+    found = {}
+    for pairs in (200, 20_000):
+        monkeypatch.setattr("tfopt.latency.knapsack.MOST_PAIRS", pairs)
+        picked = [group[index] for group, index in zip(options, knapsack(options, most))]
+        assert sum(option.cost for option in picked) <= most
+        found[pairs] = sum(option.lost for option in picked)
+    assert found[20_000] <= found[200] * (1 + 1e-9) and found[200] <= 1.05 * found[20_000]
+
+
 class Chain:
     """Layers between neighbouring groups: the cost of each is the product of their counts, in stairs."""
 
@@ -227,6 +245,9 @@ def test_a_widened_file_is_the_converters_own(scheme, tmp_path):
         model = open_model(tmp_path / "made.tflite")
         (answer,) = model.invoke(np.zeros(model.inputs[0].shape, model.inputs[0].dtype))
         assert np.isfinite(np.asarray(answer, float)).all(), name
+    found = micro.times({name: files[name] for name in ("dense", "conv")}, micro.Place(scheme=scheme), seconds=0.05)
+    assert list(found) == ["dense", "conv"] and found["dense"].ratio == 1
+    assert all(0 < timing.low_ms <= timing.ms <= timing.high_ms for timing in found.values())
 
 
 def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
