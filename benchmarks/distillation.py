@@ -34,7 +34,7 @@ WAYS = {
     "attention": {"alpha": 0.0, "attention": 1000.0},
     "relational": {"alpha": 0.0, "relational": 10.0},
 }
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 CHOSEN = dict.fromkeys(WAYS, 1e-2)
 _TUNING_SEED = 100
 
@@ -42,7 +42,7 @@ _TUNING_SEED = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "distillation.jsonl")
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))

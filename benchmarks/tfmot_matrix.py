@@ -173,8 +173,8 @@ def _before(architecture, wanted, kept, spec, data, context, train):
     if not path.exists():
         if wanted == "both":
             model = _before(architecture, "prune", kept, spec, data, context, train)
-            start = OptimizedModel(model, spec, frozenset({Property.SPARSE}))
-            result, _ = technique("cluster", train).apply(start, context(model))
+            sparse = OptimizedModel(model, spec, frozenset({Property.SPARSE}))
+            result, _ = technique("cluster", train).apply(sparse, context(model))
         else:
             model = start(architecture, data, spec)
             result, _ = technique(wanted, train).apply(OptimizedModel(model, spec), context(model))

@@ -84,7 +84,8 @@ def _download(source: str, file, progress: Callable | None) -> tuple[str, int]:
     """The SHA-256 and the size of what was written."""
     digest, size = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(source, timeout=_ANSWER_S) as answer:
+        # urlopen keeps the proxies of its first call for the life of the process.
+        with urllib.request.build_opener().open(source, timeout=_ANSWER_S) as answer:
             length = answer.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
             while part := answer.read(_PART):

@@ -291,9 +291,12 @@ class Adb:
         with self._reaching("running a command"):
             channel = self._device.open_transport(timeout=_SHELL_S)
             try:
-                channel.send_command(f"shell:(\n{command}\n) </dev/null 2>&1; c=$?; echo; echo {mark}:$c")
+                # A busy adbd may close the connection before it has passed on the last lines of a shell that has ended.
+                # So the shell ends only when we have read them, or are gone.
+                channel.send_command(f"shell:(\n{command}\n) </dev/null 2>&1; c=$?; echo; echo {mark}:$c; read -r c")
                 channel.check_okay()
-                while True:
+                ended = re.compile(rb"\n%s:\d+\r?\n" % mark.encode())
+                while not ended.search(received, max(0, len(received) - 200)):
                     left_s = until - time.monotonic()
                     if left_s <= 0:
                         raise TimeoutError

@@ -69,6 +69,7 @@ MODULES = (
     "transports.ssh_install",
     "transports.ssh_login",
     "trust",
+    "turns",
     "worker",
     "xray",
     "xray.cpu",

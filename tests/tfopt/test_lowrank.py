@@ -7,7 +7,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tfopt import graph
@@ -219,6 +219,7 @@ def test_a_rank_above_the_maximum_names_the_layer(method, ranks):
 
 
 @settings(max_examples=60, deadline=None)
+@example([[(0.0, 1), (0.0, 0)]], 0)
 @given(
     st.lists(
         st.lists(st.tuples(st.floats(0, 10), st.integers(0, 20)), min_size=1, max_size=4), min_size=1, max_size=4

@@ -146,7 +146,7 @@ def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_
     result = tfopt.run_study([trained_file], digits, [impossible, "baseline"], out=tmp_path / "out", targets=())
     failed, *others = result.entries
     assert failed.variant.status == "failed"
-    assert "No kernel of the model gets cheaper" in failed.variant.reason
+    assert "No kernel of the model gains" in failed.variant.reason
     assert [e.variant.status for e in others] == ["ok"] * 4
     assert commands.rows(result)[0]["reason"] == failed.variant.reason
     hidden = [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".") and p.name != study.STEPS_FOLDER]
