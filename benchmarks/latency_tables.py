@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 BASELINES = ROOT / "saved_models" / "baselines"
-MODELS = ("resnet8", "mobilenet", "resnet20-wide", "mobilenet-128")
+MODELS = ("resnet8", "mobilenet", "mobilenet-96", "resnet20")
 FRACTIONS = (0.7, 0.5, 0.35)
 ROUNDS, SECONDS, COMPARED_S = 8, 1.5, 20.0
 _BISECTIONS = 9
@@ -46,8 +46,8 @@ def build(name: str):
     if name not in MODELS:
         return models.load(name)
     keras.utils.set_random_seed(0)
-    shape = (32, 32, 3) if name == "resnet20-wide" else (128, 128, 3)
-    kind, width = ("resnet20", 4.0) if name == "resnet20-wide" else ("mobilenet", 1.0)
+    shape = (32, 32, 3) if name == "resnet20" else (96, 96, 3)
+    kind, width = ("resnet20", 1.0) if name == "resnet20" else ("mobilenet", 0.5)
     return models.from_keras(builders.build(kind, shape, 10, width=width), stored_spec=InputSpec(*shape))
 
 

@@ -55,7 +55,7 @@ class FakeTimer:
         self.files += len(files)
         values = [self._ms(file) for file in files]
         timings = tuple(Timing(ms, 0.9 * ms, 1.1 * ms, ms / values[0]) for ms in values)
-        return Turns(timings, rounds, dict(self._device), ())
+        return Turns(timings, rounds, dict(self._device), ("busy",))
 
     @staticmethod
     def _ms(file) -> float:
@@ -264,6 +264,7 @@ def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
     assert seen[-1][2]["seconds_left"] is not None
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
     again = table.load(tmp_path / "table.json")
+    assert again.warnings == made.warnings == ("busy",)
     assert again.families.keys() == made.families.keys() and again.ratio == pytest.approx(made.ratio)
     cost = predict.Latency(found, again)
     assert cost.of(found.groups) == pytest.approx(again.whole_ms, rel=1e-6)
