@@ -357,10 +357,10 @@ def test_without_a_profile_the_rest_is_what_the_kernels_leave():
 def test_layers_cost_in_the_network_what_its_profile_says():
     found = parts.anatomy(network())
     made = dataclasses.replace(made_table(found, share=1.0), profiled={"a": 3.0, "b": 5.0, "point": 1.0, "stem": 0.001})
-    layers = predict.Latency(found, made).layers(found.groups)
+    layers = predict.Latency(found, made, anchored=True).layers(found.groups)
     assert sum(layers.values()) == pytest.approx(made.whole_ms)
     assert layers["a"] == pytest.approx(layers["b"]) == pytest.approx(4 * layers["point"])  # alike: the median of both
-    alone = predict.Latency(found, made, anchored=False).layers(found.groups)
+    alone = predict.Latency(found, made).layers(found.groups)
     assert alone["a"] / alone["stem"] != pytest.approx(layers["a"] / layers["stem"])
     rest = (layers["a"] + layers["b"] + layers["point"]) / (alone["a"] + alone["b"] + alone["point"])
     assert layers["stem"] / alone["stem"] == pytest.approx(rest)  # too short for the profiler
