@@ -55,7 +55,7 @@ class FakeTimer:
         self.files += len(files)
         values = [self._ms(file) for file in files]
         timings = tuple(Timing(ms, 0.9 * ms, 1.1 * ms, ms / values[0]) for ms in values)
-        return Turns(timings, rounds, dict(self._device), ())
+        return Turns(timings, rounds, dict(self._device), ("busy",))
 
     @staticmethod
     def _ms(file) -> float:
@@ -264,6 +264,7 @@ def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
     assert seen[-1][2]["seconds_left"] is not None
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
     again = table.load(tmp_path / "table.json")
+    assert again.warnings == made.warnings == ("busy",)
     assert again.families.keys() == made.families.keys() and again.ratio == pytest.approx(made.ratio)
     cost = predict.Latency(found, again)
     assert cost.of(found.groups) == pytest.approx(again.whole_ms, rel=1e-6)
@@ -356,10 +357,10 @@ def test_without_a_profile_the_rest_is_what_the_kernels_leave():
 def test_layers_cost_in_the_network_what_its_profile_says():
     found = parts.anatomy(network())
     made = dataclasses.replace(made_table(found, share=1.0), profiled={"a": 3.0, "b": 5.0, "point": 1.0, "stem": 0.001})
-    layers = predict.Latency(found, made).layers(found.groups)
+    layers = predict.Latency(found, made, anchored=True).layers(found.groups)
     assert sum(layers.values()) == pytest.approx(made.whole_ms)
     assert layers["a"] == pytest.approx(layers["b"]) == pytest.approx(4 * layers["point"])  # alike: the median of both
-    alone = predict.Latency(found, made, anchored=False).layers(found.groups)
+    alone = predict.Latency(found, made).layers(found.groups)
     assert alone["a"] / alone["stem"] != pytest.approx(layers["a"] / layers["stem"])
     rest = (layers["a"] + layers["b"] + layers["point"]) / (alone["a"] + alone["b"] + alone["point"])
     assert layers["stem"] / alone["stem"] == pytest.approx(rest)  # too short for the profiler

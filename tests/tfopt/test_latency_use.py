@@ -92,7 +92,7 @@ def apply(technique, model, digits, spec, tmp_path):
 
 def test_channels_go_until_the_budget_is_kept(network, digits, spec, tmp_path):
     path = elsewhere(network, tmp_path)
-    technique = Narrow(latency=0.5, table=path, importance="l1", rounds=2, train=SHORT)
+    technique = Narrow(latency=0.5, table=path, importance="l1", train=SHORT)
     assert path in technique.files() and technique.ratio is None
     result, report = apply(technique, network, digits, spec, tmp_path)
     facts = report.properties["latency"]

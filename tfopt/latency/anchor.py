@@ -1,7 +1,7 @@
 """How a whole model's time is shared out among its layers, by the runtime's own profile of the file.
 
-A layer alone finds its weights in the cache; in the network the layers before it have pushed them out. What a layer
-takes there over what it takes alone is its factor: the table says how time falls with channels, the profile from what.
+The share that kernels take of it scales a table. A factor for each layer is there to compare: what it takes in the
+network, where other layers have pushed its weights out of the cache, over what it takes alone.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Budget:
         return {
             "target": setting.target, "scheme": setting.scheme, "threads": setting.threads,
             "measured_ms": round(self.table.whole_ms, 6), "budget_ms": round(self.goal_ms, 6),
-            "predicted_ms": round(after_ms.of(after_ms.groups), 6), "table_of": self.table.created_at,
+            "predicted_ms": round(after_ms.of(after_ms.groups), 6),
+            "table_of": self.table.created_at, "table_ratio": round(self.table.ratio, 3),
         }  # fmt: skip
 
 

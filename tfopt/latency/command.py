@@ -120,7 +120,12 @@ def _show(table: Table, found: Anatomy, out: Path, reused: bool) -> None:
         f"{out}: {'it was there and still holds' if reused else 'written'}",
     ]
     if not 1 / _DOUBTFUL < table.ratio < _DOUBTFUL:
-        lines.insert(2, "[yellow]warning:[/] that is far from 1: choices by this table are rough")
+        lines.insert(
+            2,
+            "[yellow]warning:[/] that is far from 1: choices by this table are rough. Another load takes turns "
+            "with a model of many milliseconds and spares single layers: measure on a quiet machine",
+        )
+    lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in table.warnings]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

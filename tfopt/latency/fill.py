@@ -155,7 +155,7 @@ def _table(
     return Table(
         setting, families, timing.ms * per_ms, timing.low_ms * per_ms, timing.high_ms * per_ms, anchor.share, parts_ms,
         {key: notes.device[key] for key in notes.device if key != "during"}, name, model_key(found),
-        datetime.now(UTC).isoformat(timespec="seconds"), first, anchor.layers,
+        datetime.now(UTC).isoformat(timespec="seconds"), first, anchor.layers, whole.warnings,
     )  # fmt: skip
 
 

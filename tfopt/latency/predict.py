@@ -25,12 +25,13 @@ class Latency:
     """Milliseconds by a table: kernels by their cells, other operations by the values that they read and write.
 
     of(counts): the whole network where group g keeps counts[g] units. seeing(g, counts): of that, what depends on
-    counts[g]. The model that the table was measured with takes what was measured; its kernels are scaled to that each
-    by its own factor (tfopt.latency.anchor), or all by one where not `anchored`.
+    counts[g]. The model that the table was measured with takes what was measured: its kernels are scaled to that all by
+    one factor, or where `anchored` each by its own from the profile (tfopt.latency.anchor), which foretold no better in
+    benchmarks/latency_tables.py.
     """
 
     def __init__(
-        self, found: Dependencies | Anatomy, table: Table, first: Anatomy | None = None, *, anchored: bool = True
+        self, found: Dependencies | Anatomy, table: Table, first: Anatomy | None = None, *, anchored: bool = False
     ):
         """first: the model that the table was measured with, where this one is already narrower."""
         self._anatomy = own = found if isinstance(found, Anatomy) else anatomy(found)

@@ -77,7 +77,7 @@ class Table:
     whole_high_ms), in the same unit of the machine's speed as the cells. kernel_share: the share of its time that
     kernels take by the runtime's own profile; None where it cannot be profiled. profiled: layer -> milliseconds of its
     kernel in that profile, where it names it. parts_ms: what the table says of the model's kernels together. device:
-    of mobile_bench. model_key: of the layers' names, families and channels.
+    of mobile_bench. warnings: of the whole model's timing. model_key: of the layers' names, families and channels.
     """
 
     setting: Setting
@@ -93,6 +93,7 @@ class Table:
     created_at: str
     layers: Mapping[str, str] = field(default_factory=dict)
     profiled: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -150,7 +151,7 @@ class Table:
         facts = {
             name: getattr(self, name) for name in (
                 "whole_ms", "whole_low_ms", "whole_high_ms", "kernel_share", "parts_ms", "ratio", "device", "model",
-                "model_key", "created_at", "profiled",
+                "model_key", "created_at", "profiled", "warnings",
             )
         }  # fmt: skip
         return {
@@ -200,7 +201,8 @@ def _from_dict(values: dict) -> Table:
     )}  # fmt: skip
     if not facts["whole_ms"] > 0 or not facts["parts_ms"] > 0:
         raise ValueError("its times are not above 0")
-    return Table(Setting(**values["setting"]), families, layers=layers, **facts)
+    warnings = tuple(values.get("warnings", ()))
+    return Table(Setting(**values["setting"]), families, layers=layers, warnings=warnings, **facts)
 
 
 def _line(points: list[tuple[int, float]], at: float) -> float:
