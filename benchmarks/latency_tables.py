@@ -3,6 +3,7 @@
     python benchmarks/latency_tables.py                        the models below, float32 and int8
     python benchmarks/latency_tables.py --only resnet8 --schemes int8
     python benchmarks/latency_tables.py --table                what was measured so far, as Markdown
+    python benchmarks/latency_tables.py --stairs               one convolution by its output channels
 
 For each model a table is measured. Then, for each fraction of its latency, channels are chosen by the table; and by
 multiply-accumulates with the same search, as few of them as lose no more importance (l1). Both smaller models are
@@ -52,6 +53,7 @@ def build(name: str):
 
 def measure(name: str, scheme: str, fractions: list[float], folder: Path, write) -> None:
     from tfopt.channels import cut, dependencies, importance
+    from tfopt.errors import ModelRefused
     from tfopt.latency import channels, fill, micro, predict
     from tfopt.latency.table import Setting
 
@@ -68,7 +70,10 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
     macs = predict.Macs(found)
     by_time, by_macs = channels.search(found, scores, time), channels.search(found, scores, macs)
     for fraction in fractions:
-        chosen = by_time.within(fraction * table.whole_ms)
+        try:
+            chosen, reached = by_time.within(fraction * table.whole_ms), True
+        except ModelRefused:
+            chosen, reached = by_time.least(), False  # what there is then is measured all the same
         other = _as_dear(by_macs, macs.of(macs.groups), chosen.lost)
         with tempfile.TemporaryDirectory() as work:
             files = []
@@ -79,23 +84,38 @@ def measure(name: str, scheme: str, fractions: list[float], folder: Path, write)
         predicted = {key: [cost.of(c.counts) / table.whole_ms for c in (chosen, other)]
                      for key, cost in (("anchored", time), ("plain", plain))}  # fmt: skip
         write({
-            "model": name, "scheme": scheme, "fraction": fraction, "table_ratio": table.ratio,
+            "model": name, "scheme": scheme, "fraction": fraction, "reached": reached, "table_ratio": table.ratio,
             "whole_ms": table.whole_ms, "lost": [chosen.lost, other.lost], "predicted": predicted,
             "macs": [macs.of(c.counts) / macs.of(macs.groups) for c in (chosen, other)],
             "counts": [list(c.counts) for c in (chosen, other)], **facts,
         })  # fmt: skip
 
 
+def stairs() -> str:
+    """A 1x1 convolution of 128 channels on 28x28, microseconds by its output channels, as Markdown."""
+    from tfopt.latency import micro
+
+    counts = list(range(8, 136, 8))
+    rows = ["| output channels | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    layers = {str(n): micro.LayerSpec("Conv2D", (28, 28, 128), {"filters": n, "kernel_size": 1}) for n in counts}
+    for scheme in ("float32", "int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            files = micro.convert_layers(layers, scheme, Path(folder))
+            found = micro.times(files, micro.Place(scheme=scheme), seconds=2)
+        rows.append(f"| {scheme}, µs | " + " | ".join(f"{1000 * timing.ms:.0f}" for timing in found.values()) + " |")
+    return "\n".join(rows)
+
+
 def _as_dear(search, whole: float, lost: float):
     """The fewest MACs that lose no more."""
-    from tfopt.errors import ModelRefused
+    from tfopt.errors import Problem
 
     low, high, best = search.least().cost / whole, 1.0, search.within(whole)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         try:
             found = search.within(middle * whole, unit=" MACs")
-        except ModelRefused:
+        except Problem:
             low = middle
             continue
         if found.lost <= lost:
@@ -135,8 +155,9 @@ def markdown(rows: list[dict]) -> str:
         own, other = row["measured"]
         error = lambda key, row=row, own=own: f"{row['predicted'][key][0] / own - 1:+.0%}"
         predicted = row["predicted"]["anchored"][0]
+        budget = f"{row['fraction']:.0%}" + ("" if row.get("reached", True) else ", the least there is")
         lines.append(
-            f"| {Path(row['model']).stem} | {row['scheme']} | {row['fraction']:.0%} | {row['lost'][0]:.4g} / "
+            f"| {Path(row['model']).stem} | {row['scheme']} | {budget} | {row['lost'][0]:.4g} / "
             f"{row['lost'][1]:.4g} | {row['macs'][0]:.0%} / {row['macs'][1]:.0%} | {predicted:.0%} | "
             f"{own:.0%} | {error('anchored')} | {error('plain')} | {other:.0%} | {row['ratio']:.2f} "
             f"[{row['low']:.2f}, {row['high']:.2f}] | {row['verdict']} |"
@@ -155,7 +176,11 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="*", type=float, default=list(FRACTIONS))
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "latency_tables.jsonl")
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--stairs", action="store_true", help="measure one convolution and nothing else")
     options = parser.parse_args()
+    if options.stairs:
+        print(stairs())
+        return
     rows = _read(options.results)
     options.results.parent.mkdir(parents=True, exist_ok=True)
 

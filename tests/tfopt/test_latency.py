@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_bench.errors import InputError, ModelRefused, Problem
+from mobile_bench.errors import InputError, JobFailed, ModelRefused, Problem
 from mobile_bench.turns import Timing, Turns, timings_of
 from tfopt.channels import choose, costs, cut, dependencies, importance
 from tfopt.latency import anchor, budget, channels, fill, grid, micro, parts, predict, table, widths
@@ -103,6 +104,24 @@ def test_the_knapsack_loses_as_little_as_any_choice(groups, most):
     picked = [group[index] for group, index in zip(options, knapsack(options, most))]
     assert sum(option.cost for option in picked) <= most
     assert sum(o.lost for o in picked) == pytest.approx(min(sum(o.lost for o in way) for way in ways))
+
+
+def test_a_large_knapsack_merges_neighbours_and_still_keeps_the_budget(monkeypatch):
+    random = np.random.default_rng(0)
+    options = []
+    for _ in range(25):
+        costs = np.sort(random.uniform(0, 10, 12))
+        options.append(
+            [Option(float(lost), float(cost)) for lost, cost in zip(10 - costs + random.uniform(0, 3), costs)]
+        )
+    most = 0.4 * sum(group[-1].cost for group in options)
+    found = {}
+    for pairs in (200, 20_000):
+        monkeypatch.setattr("tfopt.latency.knapsack.MOST_PAIRS", pairs)
+        picked = [group[index] for group, index in zip(options, knapsack(options, most))]
+        assert sum(option.cost for option in picked) <= most
+        found[pairs] = sum(option.lost for option in picked)
+    assert found[20_000] <= found[200] * (1 + 1e-9) and found[200] <= 1.05 * found[20_000]
 
 
 class Chain:
@@ -226,6 +245,9 @@ def test_a_widened_file_is_the_converters_own(scheme, tmp_path):
         model = open_model(tmp_path / "made.tflite")
         (answer,) = model.invoke(np.zeros(model.inputs[0].shape, model.inputs[0].dtype))
         assert np.isfinite(np.asarray(answer, float)).all(), name
+    found = micro.times({name: files[name] for name in ("dense", "conv")}, micro.Place(scheme=scheme), seconds=0.05)
+    assert list(found) == ["dense", "conv"] and found["dense"].ratio == 1
+    assert all(0 < timing.low_ms <= timing.ms <= timing.high_ms for timing in found.values())
 
 
 def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
@@ -253,6 +275,23 @@ def test_a_table_is_measured_resumed_and_read_again(tmp_path, monkeypatch):
         whole, own = cost.of(found.groups) - cost.of(one), cost.seeing(group, found.groups) - cost.seeing(group, one)
         assert own == pytest.approx(whole)
     assert sum(cost.layers(found.groups).values()) + again.rest_ms == pytest.approx(again.whole_ms)
+
+
+def test_what_the_runtime_cannot_run_is_named_and_the_rest_kept():
+    def timer(files, rounds):
+        if any("64 -> 16" in file for file in files):
+            raise JobFailed("The process crashed")
+        return Turns(tuple(Timing(1, 1, 1, 1) for _ in files), rounds, DEVICE, ())
+
+    (family,) = {part.family for part in parts.anatomy(network()).parts[:1]}
+    cells = [fill.Cell(family, read, 16) for read in (8, 16, 24, 32, 64, 72)]
+    files = SimpleNamespace(yardstick="y", nothing="n", cell=lambda cell: f"{cell.read} -> {cell.made}")
+    kept = []
+    with pytest.raises(ModelRefused, match="Conv2D 3x3 on 8x8, 64 channels in, 16 out: The process crashed"):
+        for part, turns in fill._timed(cells, files, timer):
+            assert len(turns.timings) == 2 + len(part)
+            kept += part
+    assert [cell.read for cell in kept] == [8, 16, 24, 32]
 
 
 def test_cells_of_two_machines_make_no_table(tmp_path):

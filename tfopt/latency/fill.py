@@ -13,14 +13,14 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mobile_bench.files import write_bytes, write_json
 from mobile_bench.turns import ROUNDS, Turns, time_in_turns
-from tfopt.errors import ConversionError, InputError
+from tfopt.errors import ConversionError, InputError, JobFailed, ModelRefused
 from tfopt.latency import grid, micro, widths
 from tfopt.latency.anchor import Anchor, profiled
 from tfopt.latency.parts import Anatomy, in_words, macs_of, ranges, spec_of
@@ -98,8 +98,8 @@ def measure(
     files = _Files({family: max(cells, key=_size) for family, (_, cells) in wanted.items()}, place.scheme, folder, left)
     for batch in batches:
         clock.next(f"timing {len(batch)} files, such as {in_words(batch[-1].family)}")
-        # A file that crashes the runtime is found by its message, and the batches before it are kept.
-        notes.add(batch, timer([files.yardstick, files.nothing, *map(files.cell, batch)], ROUNDS))
+        for cells, turns in _timed(batch, files, timer):
+            notes.add(cells, turns)
         files.drop()
     clock.next("timing the whole model")
     path = whole(folder)
@@ -112,6 +112,24 @@ def measure(
     notes.path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return table
+
+
+def _timed(cells: list[Cell], files: _Files, timer: Timer) -> Iterator[tuple[list[Cell], Turns]]:
+    """The times of a batch; where it fails, of its halves, so that what the runtime cannot run is found and named."""
+    try:
+        yield cells, timer([files.yardstick, files.nothing, *map(files.cell, cells)], ROUNDS)
+    except (JobFailed, ModelRefused) as failure:
+        if len(cells) == 1:
+            (cell,) = cells
+            channels = f"{cell.read} channels in, {cell.made or cell.read} out"
+            raise ModelRefused(
+                "A layer of the model cannot be timed on the target",
+                received=f"{in_words(cell.family)}, {channels}: {failure.what}",
+                next_step="What is measured is kept; run it again, or look at the target",
+            ) from failure
+        middle = len(cells) // 2
+        yield from _timed(cells[:middle], files, timer)
+        yield from _timed(cells[middle:], files, timer)
 
 
 def _table(
