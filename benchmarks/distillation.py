@@ -130,7 +130,7 @@ def run(seed: int, way: str, rate: float, images: int, steps: int, width: float,
         report = fit(None)
     else:
         panel = [Loaded("teacher", loaded.model, spec)]
-        with distilling(student, panel, Distillation(**taught), spec, keras) as (hook, _):
+        with distilling(student, panel, Distillation(**taught), spec) as (hook, _):
             report = fit(hook)
     # The run that chooses a rate must not see the test images.
     test = None if seed == TUNING_SEED else training.accuracy(student, found["test"], spec)

@@ -104,12 +104,24 @@ class Technique(abc.ABC):
     name: ClassVar[str]
     adds: ClassVar[frozenset[Property]] = frozenset()
     keeps: ClassVar[frozenset[Property]] = frozenset()
+    #: False where the training runs in a process in which a student's features cannot be heard.
+    hears_features: ClassVar[bool] = True
 
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @abc.abstractmethod
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         """Change the model. Never modifies `optimized.model` in place; raises a Problem on refusal."""
+
+    def check(self, model: keras.Model, spec: InputSpec) -> None:
+        """Raise a Problem where this step cannot work, before any step of its recipe is trained.
+
+        model, spec: what the study starts from; earlier steps may change it, so this sees what does not depend on them.
+        """
+        if self.train.distill:
+            from tfopt.distillation.riding import panel_of
+
+            panel_of(self.train, model, spec, model.name, int(model.output_shape[-1]))
 
     def files(self) -> tuple[str, ...]:
         """Files whose content shapes the result: teachers, for one. A missing one is refused when the step runs."""

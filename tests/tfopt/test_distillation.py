@@ -103,9 +103,9 @@ def test_several_teachers_are_averaged_by_weight():
     a, b = network(4, "a", 1), network(4, "b", 2, head="logits")
     images = RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32)
     logits = InputSpec(8, 8, 3, head="logits")
-    panel = teachers.Panel([loaded(a), loaded(b, logits, 3.0)], SPEC, keras)
+    panel = teachers.Panel([loaded(a), loaded(b, logits, 3.0)], SPEC)
     expected = 0.25 * softmax(np.log(np.asarray(a(images))) / 2) + 0.75 * softmax(np.asarray(b(images)) / 2)
-    np.testing.assert_allclose(panel.soft(images, 2.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(panel.answers(images, 2.0)[0], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", ["raw", "unit", "torch", "caffe"])
@@ -131,7 +131,7 @@ def test_layers_are_matched_by_the_size_of_their_images():
 def train(student, teacher, settings, steps=30):
     images = RANDOM.normal(size=(16, 8, 8, 3)).astype(np.float32)
     labels = RANDOM.integers(0, 4, 16)
-    with hook.distilling(student, [loaded(teacher)], settings, SPEC, keras) as (call, pairs):
+    with hook.distilling(student, [loaded(teacher)], settings, SPEC) as (call, pairs):
 
         @tf.function
         def step():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from mobile_bench.inputs import InputSpec
 from tfopt.distillation import features, teachers
+from tfopt.errors import InputError
 
 if TYPE_CHECKING:
     from tfopt.distillation.settings import Distillation
     from tfopt.distillation.teachers import Loaded
+    from tfopt.training import LossHook
 
 #: FitNets' regressor learns at this rate, whatever the student does.
 _REGRESSOR_RATE = 1e-3
@@ -20,42 +21,77 @@ _REGRESSOR_RATE = 1e-3
 
 @contextmanager
 def distilling(
-    student, panel: Sequence[Loaded], settings: Distillation, spec: InputSpec, keras: ModuleType
-) -> Iterator[tuple]:
+    student, panel: Sequence[Loaded], settings: Distillation, spec: InputSpec
+) -> Iterator[tuple[LossHook, dict[str, str]]]:
     """(the hook, {student's layer: teacher's layer}) while the block lasts; nothing of it stays in the student.
 
-    Raises what features.pairs raises. The student's features are heard while it is trained; gradients go to the student
-    alone, and to the regressors of hints, which have an optimizer of their own.
+    Raises what features.pairs raises. Layers are heard while the student is trained; the first teacher is the one whose
+    features are learned. Gradients go to the student alone, and to the regressors of hints, which have an optimizer of
+    their own.
     """
-    import tensorflow as tf
-
-    from tfopt.distillation import losses
-
-    matched = features.pairs(student, panel[0].model, settings.pairs) if settings.on_features else {}
-    experts = teachers.Panel(panel, spec, keras, list(dict.fromkeys(matched.values())))
+    matched = matches(student, panel[0].model, settings)
     regressors = _Regressors(student, panel[0].model, matched) if settings.hints else None
-    with features.listening(student, list(matched)) as heard:
+    with ExitStack() as stack:
+        own = theirs = None
+        if matched:
+            own = stack.enter_context(features.listening(student, list(matched)))
+            theirs = stack.enter_context(features.listening(panel[0].model, list(dict.fromkeys(matched.values()))))
+        experts = teachers.Panel(panel, spec, theirs)
 
         def hook(images, labels, outputs, loss):
+            from tfopt.distillation import losses
+
             total = (1 - settings.alpha) * loss
+            if settings.alpha or matched:
+                soft, targets = experts.answers(images, settings.temperature, bool(settings.alpha))
             if settings.alpha:
-                soft = experts.soft(images, settings.temperature)
                 logits = losses.logits_of(outputs, spec.head)
                 total += settings.alpha * losses.divergence(soft, logits, settings.temperature)
-            theirs = experts.features(images)
-            last = list(matched)[-1:] if settings.relational else ()
             for mine, name in matched.items():
-                target, own = theirs[name], heard[mine]
-                if settings.hints:
-                    total += settings.hints * losses.hint(target, regressors(mine, own, target))
-                if settings.attention and len(target.shape) == 4:
-                    total += settings.attention * losses.attention(target, own)
-                if mine in last:
-                    pooled = [tf.reduce_mean(x, (1, 2)) if len(x.shape) == 4 else x for x in (target, own)]
-                    total += settings.relational * losses.relational(*pooled)
+                total += _on_pair(settings, regressors, mine, targets[name], own[mine])
+            if settings.relational:
+                mine, name = list(matched.items())[-1]
+                total += settings.relational * losses.relational(_pooled(targets[name]), _pooled(own[mine]))
             return total
 
         yield hook, matched
+
+
+def matches(student, teacher, settings: Distillation) -> dict[str, str]:
+    """{student's layer: teacher's layer} whose features the settings compare, none for answers alone.
+
+    Raises what features.pairs raises, and InputError where attention is all that looks at layers without images.
+    """
+    if not settings.on_features:
+        return {}
+    matched = features.pairs(student, teacher, settings.pairs)
+    known = features.layers_of(student)
+    flat = [name for name in matched if len(known[name].output.shape) != 4]
+    if flat and not settings.hints and not settings.relational:
+        raise InputError(
+            "Attention is where in an image a layer looks, and a layer has no images", received=", ".join(flat),
+            allowed="layers of (height, width, channels)", next_step="Pair other layers, or use hints or relational",
+        )  # fmt: skip
+    return matched
+
+
+def _on_pair(settings: Distillation, regressors: _Regressors | None, name: str, target, own):
+    """The weighted losses on one pair of features."""
+    from tfopt.distillation import losses
+
+    total = 0.0
+    if settings.hints:
+        total += settings.hints * losses.hint(target, regressors(name, own, target))
+    if settings.attention and len(target.shape) == 4:
+        total += settings.attention * losses.attention(target, own)
+    return total
+
+
+def _pooled(values):
+    """The mean over positions where there are any: (batch, channels)."""
+    import tensorflow as tf
+
+    return tf.reduce_mean(values, (1, 2)) if len(values.shape) == 4 else values
 
 
 class _Regressors:

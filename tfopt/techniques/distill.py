@@ -104,7 +104,7 @@ class Distill(Technique):
         teachers.check(panel, student.name, int(student.output_shape[-1]), spec)
         validation = context.data["validation"].balanced(1000)
         best = {t.name: training.accuracy(t.model, validation, t.spec) for t in panel}
-        with distilling(student, panel, losses, spec, keras) as (hook, pairs):
+        with distilling(student, panel, losses, spec) as (hook, pairs):
             report = training.fit(
                 student, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
                 seed=context.seed, loss_hook=hook, callbacks=context.callbacks, progress=context.progress,

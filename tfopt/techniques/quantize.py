@@ -39,6 +39,7 @@ class QuantizeAware(Technique):
     keeps: ClassVar[frozenset[Property]] = frozenset(
         {Property.SPARSE, Property.CLUSTERED, Property.NARROW, Property.LOW_RANK}
     )
+    hears_features: ClassVar[bool] = False
 
     exclude: tuple[str, ...] = ()
     strict: bool = False

@@ -226,7 +226,7 @@ def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=()
             from tfopt.distillation.hook import distilling
 
             panel = [_teacher(facts) for facts in job["teachers"]]
-            hook, _ = stack.enter_context(distilling(model, panel, config.distill, spec, tf_keras))
+            hook, _ = stack.enter_context(distilling(model, panel, config.distill, spec))
         report = fit(
             model, train, _split(job["splits"]["validation"]), spec, config, keras=tf_keras,
             seed=job["seed"], loss_hook=hook, callbacks=callbacks, settled=settled,
@@ -236,10 +236,10 @@ def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=()
 
 
 def _teacher(facts: dict) -> Loaded:
+    from tfopt.distillation.frozen import thaw
     from tfopt.distillation.teachers import Loaded
-    from tfopt.tfmot.rebuild import build
 
-    model, _ = build(*_model({"model": facts["path"]}))
+    model = thaw(Path(facts["path"]), facts["name"])
     return Loaded(facts["name"], model, InputSpec.from_dict(facts["spec"]), facts["weight"])
 
 
