@@ -7,10 +7,10 @@
 The teacher is the shipped ResNet-8 of Fashion-MNIST, which has seen all of its training images. The student is a
 ResNet-8 of a quarter of the width that gets --images of them: for each seed another sample with as many of each class,
 and the same with and without the teacher, for the same number of steps, with the same augmentation and schedule, from
-the same weights. --tune tries each way at each of RATES with a seed of its own; the benchmark itself takes the rate that
-was best on validation. 'alone, smoothed' is the student alone with label smoothing, the usual rival of a teacher's soft
-answers; gains are over whichever of the two is better on validation. Test images are looked at once a run, after
-training. A benchmark that was stopped goes on where it was.
+the same weights. --tune tries each way at each of RATES with a seed of its own; the benchmark itself takes the rate
+that was best on validation. 'alone, smoothed' is the student alone with label smoothing, the usual rival of a teacher's
+soft answers; gains are over the better of the two on validation. Test images are looked at once a run, after training.
+A benchmark that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -177,9 +177,7 @@ def table(rows: list[dict], tuning: bool) -> str:
         spread = f"{np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
         gain, interval = ("", "") if way in ALONE else _paired(found, own.get(rival, {}))
         rate = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in found.values()}))
-        lines.append(
-            f"| {way} | {rate} | {len(found)} | {mean(way, 'test'):.2f} | {spread} | {gain} | {interval} |"
-        )
+        lines.append(f"| {way} | {rate} | {len(found)} | {mean(way, 'test'):.2f} | {spread} | {gain} | {interval} |")
     return "\n".join(lines)
 
 

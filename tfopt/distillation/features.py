@@ -9,10 +9,12 @@ from tfopt.errors import InputError, ModelRefused, unknown_name
 
 
 def layers_of(model) -> dict:
-    """The layers with features by name, nested models entered; both Keras versions."""
-    found = {}
-    for layer in model._flatten_layers(recursive=True, include_self=False):
-        if not hasattr(layer, "layers") and _shape(layer) is not None:
+    """The layers with features by name, in the order of the graph, nested models entered."""
+    found: dict = {}
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            found |= {name: inner for name, inner in layers_of(layer).items() if name not in found}
+        elif _shape(layer) is not None and "Input" not in type(layer).__name__:
             found.setdefault(layer.name, layer)
     return found
 

@@ -1,6 +1,6 @@
 """A teacher as a graph of constants in a file: a process with another Keras asks it without rebuilding it.
 
-    teacher.npz    'graph': the GraphDef's bytes; 'ends': the names of its input and output; 'images', 'outputs': a probe
+teacher.npz    'graph': the GraphDef's bytes; 'ends': the names of its input and output; 'images', 'outputs': a probe
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def thaw(path: Path, name: str) -> Callable:
     difference = float(np.max(np.abs(answer(tf.constant(images)).numpy() - expected)))
     if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
         raise ModelRefused(
-            f"Teacher {name} does not answer the same in the process that trains", received=f"difference {difference:.2g}",
-            allowed=f"{_TOLERANCE:g}", next_step="Distill in a step of its own before prune, cluster or qat",
+            f"Teacher {name} does not answer the same in the process that trains",
+            received=f"difference {difference:.2g}", allowed=f"{_TOLERANCE:g}",
+            next_step="Distill in a step of its own before prune, cluster or qat",
         )  # fmt: skip
     return lambda images, training=False: answer(images)

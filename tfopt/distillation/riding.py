@@ -23,12 +23,14 @@ _CLEARLY = 0.01
 class Ride:
     """A fine-tuning's loss hook, where it is here and not in the worker, and what the report says of its teachers.
 
-    All is empty where nobody teaches. accuracies: name -> fraction of the validation images.
+    All is empty where nobody teaches. accuracies: name -> fraction of the validation images. known: what is to be said
+    of them in any case.
     """
 
     hook: LossHook | None = None
     accuracies: dict[str, float] = field(default_factory=dict)
     pairs: dict[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
 
     def report(self, training: dict) -> dict:
         """The training's report, with who taught."""
@@ -37,7 +39,8 @@ class Ride:
         return {**training, "distillation": facts(self.accuracies, self.pairs)}
 
     def notes(self, accuracy: float) -> tuple[str, ...]:
-        return worse(self.accuracies, accuracy)
+        """What the report says of the teachers of a student with that accuracy."""
+        return (*self.known, *worse(self.accuracies, accuracy))
 
 
 @contextmanager
@@ -46,11 +49,12 @@ def riding(config: TrainConfig, model, context: Context, spec: InputSpec) -> Ite
     if config.distill is None:
         yield Ride()
         return
+    from tfopt.distillation import teachers
     from tfopt.distillation.hook import distilling
 
     panel = panel_of(config, context.teacher, spec, model.name, int(model.output_shape[-1]))
     with distilling(model, panel, config.distill, spec) as (hook, pairs):
-        yield Ride(hook, judged(panel, judges(config, context)), pairs)
+        yield Ride(hook, judged(panel, judges(config, context)), pairs, tuple(teachers.notes(panel)))
 
 
 def panel_of(config: TrainConfig, own, spec: InputSpec, student: str, classes: int) -> list[Loaded]:

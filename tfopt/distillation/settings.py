@@ -51,8 +51,8 @@ class Distillation:
     temperature, alpha: of Hinton et al. 2015. hints: weight of FitNets' regression on features. attention: weight of
     attention transfer (1000 is the order of its authors'). relational: weight of relational distillation, distances
     plus twice the angles, between the last pair of layers. pairs: {student's layer: teacher's layer} for these three;
-    where it is empty, the ends of stages are matched, by name or else by size (features.pairs). teachers: files; none is
-    the study's own model. The first one's features count, and the mean of all answers.
+    where it is empty, the ends of stages are matched, by name or else by size (features.pairs). teachers: files; none
+    is the study's own model. The first one's features count, and the mean of all answers.
     """
 
     temperature: float = 4.0
@@ -64,7 +64,7 @@ class Distillation:
     teachers: tuple[Teacher, ...] = ()
 
     def __post_init__(self):
-        for name in ("temperature", "alpha", "hints", "attention", "relational"):
+        for name in _NUMBERS:
             object.__setattr__(self, name, as_number(getattr(self, name)))
         if not (is_number(self.temperature) and self.temperature > 0):
             raise InputError("temperature is out of range", received=repr(self.temperature), allowed="above 0")
@@ -98,6 +98,10 @@ class Distillation:
         """The names of the losses on features that have a weight."""
         return tuple(name for name in ("hints", "attention", "relational") if getattr(self, name))
 
+    def numbers(self) -> dict[str, float]:
+        """temperature, alpha and the weights, by name."""
+        return {name: getattr(self, name) for name in _NUMBERS}
+
     @classmethod
     def parse(cls, values) -> Distillation:
         """From a recipe's `distill:` inside a step's training: true, or a table of the settings."""
@@ -117,6 +121,7 @@ class Distillation:
         return dataclasses.asdict(self)
 
 
+_NUMBERS = ("temperature", "alpha", "hints", "attention", "relational")
 NAMES = tuple(f.name for f in dataclasses.fields(Distillation))
 
 

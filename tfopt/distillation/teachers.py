@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ class Loaded:
     model: Any
     spec: InputSpec
     weight: float = 1.0
+    note: str = ""
 
 
 def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
@@ -35,8 +37,17 @@ def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
     found = []
     for teacher in settings.teachers:
         loaded = models.load(teacher.path, input_spec=teacher.input_spec)
-        found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight))
+        note = models.assumption(loaded).removeprefix("warning: ")
+        found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight, note))
+    names = [teacher.name for teacher in found]
+    if len(set(names)) < len(names):
+        found = [dataclasses.replace(one, name=teacher.path) for one, teacher in zip(found, settings.teachers)]
     return found
+
+
+def notes(teachers: Sequence[Loaded]) -> list[str]:
+    """What a reader of the report must know of them."""
+    return [f"Teacher {teacher.note}" for teacher in teachers if teacher.note]
 
 
 def check(teachers: Sequence[Loaded], student_name: str, classes: int, spec: InputSpec) -> None:

@@ -21,7 +21,7 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import run_job
 from mobile_bench.records import Skip
 from tfopt.data.splits import Split
-from tfopt.distillation import riding
+from tfopt.distillation import riding, teachers
 from tfopt.distillation.frozen import freeze
 from tfopt.distillation.teachers import Loaded
 from tfopt.errors import InputError, ModelRefused, RecipeError
@@ -83,7 +83,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     check_numbers(graph, before)
     _check_classes(context.data["train"])
     panel = _panel(config, context, spec, model)
-    ride = riding.Ride(accuracies=riding.judged(panel, riding.judges(config, context)))
+    judged = riding.judged(panel, riding.judges(config, context))
+    ride = riding.Ride(accuracies=judged, known=tuple(teachers.notes(panel)))
     work = Path(context.work)
     with exchange(work) as folder:
         _save(folder / "model.npz", model, spec, graph, before)
