@@ -254,7 +254,7 @@ def test_a_frozen_teacher_answers_as_it_did(tmp_path):
     answer = frozen.thaw(tmp_path / "teacher.npz", "own")
     for count in (1, 5):
         images = RANDOM.normal(size=(count, 8, 8, 3)).astype(np.float32)
-        np.testing.assert_allclose(answer(tf.constant(images), training=False), model(images), atol=1e-6)
+        np.testing.assert_allclose(tf.nn.softmax(answer(tf.constant(images), training=False)), model(images), atol=1e-6)
     with np.load(tmp_path / "teacher.npz") as arrays:
         changed = {**arrays, "outputs": arrays["outputs"] + 1}
     np.savez(tmp_path / "teacher.npz", **changed)
@@ -267,3 +267,14 @@ def test_words_that_are_numbers_are_numbers():
     assert Distillation(attention="1e3", temperature="2").numbers()["attention"] == 1000
     with pytest.raises(InputError, match="much"):
         Distillation(attention="much")
+
+
+def test_the_logits_of_a_sure_model_are_its_own():
+    """Not the logarithm of probabilities, which are all below what counts as one."""
+    sure, plain = network(4, "s", 1), network(4, "s", 1, head="logits")
+    sure.layers[-1].set_weights([1000 * weights for weights in sure.layers[-1].get_weights()])
+    plain.set_weights(sure.get_weights())
+    images = tf.constant(RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32))
+    found = tf.function(lambda x: losses.logits_of(sure(x, training=False), "softmax"))(images)
+    assert np.ptp(found) > 50
+    np.testing.assert_allclose(found, plain(images), rtol=1e-4)

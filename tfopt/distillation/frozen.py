@@ -20,15 +20,17 @@ _PROBE_IMAGES = 4
 
 
 def freeze(model, spec: InputSpec, path: Path) -> None:
-    """Write a classifier of any Keras, layers of the user's own included, with its weights as constants.
+    """Write what gives the logits of a classifier of any Keras, layers of the user's own included.
 
     Raises ModelRefused where TensorFlow cannot make constants of its state.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+    from tfopt.distillation.losses import logits_of
+
     signature = [tf.TensorSpec((None, *spec.shape), tf.float32)]
-    call = tf.function(lambda images: model(images, training=False), input_signature=signature)
+    call = tf.function(lambda images: logits_of(model(images, training=False), spec.head), input_signature=signature)
     try:
         constant = convert_variables_to_constants_v2(call.get_concrete_function(), lower_control_flow=False)
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
@@ -42,14 +44,14 @@ def freeze(model, spec: InputSpec, path: Path) -> None:
         "graph": np.frombuffer(constant.graph.as_graph_def().SerializeToString(), np.uint8),
         "ends": np.array([constant.inputs[0].name, constant.outputs[0].name]),
         "images": images,
-        "outputs": np.asarray(model(images, training=False), np.float32),
+        "outputs": np.asarray(call(tf.constant(images)), np.float32),
     }
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
 def thaw(path: Path, name: str) -> Callable:
-    """(images of (batch, height, width, channels), training) -> scores of (batch, classes).
+    """(images of (batch, height, width, channels), training) -> logits of (batch, classes).
 
     Raises ModelRefused where it does not answer as the model did.
     """

@@ -135,7 +135,8 @@ def _hand_over(panel: list[Loaded], folder: Path) -> list[dict]:
     for number, teacher in enumerate(panel):
         path = folder / f"teacher{number}.npz"
         freeze(teacher.model, teacher.spec, path)
-        facts = {"name": teacher.name, "path": str(path), "spec": teacher.spec.to_dict(), "weight": teacher.weight}
+        spec = dataclasses.replace(teacher.spec, head="logits").to_dict()
+        facts = {"name": teacher.name, "path": str(path), "spec": spec, "weight": teacher.weight}
         written.append(facts)
     return written
 
