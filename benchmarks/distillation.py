@@ -175,13 +175,13 @@ def table(rows: list[dict], tuning: bool) -> str:
     for way, found in own.items():
         scores = [100 * row["test"] for row in found.values()]
         spread = f"{np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
-        gain, interval = ("", "") if way in ALONE else _paired(found, own.get(rival, {}))
+        gain, interval = ("", "") if way in ALONE else paired(found, own.get(rival, {}))
         rate = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in found.values()}))
         lines.append(f"| {way} | {rate} | {len(found)} | {mean(way, 'test'):.2f} | {spread} | {gain} | {interval} |")
     return "\n".join(lines)
 
 
-def _paired(found: dict[int, dict], rival: dict[int, dict]) -> tuple[str, str]:
+def paired(found: dict[int, dict], rival: dict[int, dict]) -> tuple[str, str]:
     """The mean gain in points over the same seeds, and Student's interval for it."""
     import numpy as np
     from scipy import stats
