@@ -39,7 +39,7 @@ WAYS = {
     "logits and relations": ({}, {"temperature": 4.0, "alpha": 0.9, "relational": 10.0}),
 }
 ALONE = [way for way, (_, taught) in WAYS.items() if taught is None]
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEED = 100
 _SETTING = ("images", "steps", "width")
 
