@@ -100,6 +100,8 @@ def _ends(layers: dict) -> dict[tuple, str]:
     for name, layer in layers.items():
         if len(_shape(layer)) != 4 or None in _size(layer) or max(_size(layer)) == 1:
             continue
+        if any(word in type(layer).__name__ for word in ("Padding", "Cropping")):
+            continue
         found[_size(layer)] = name
         if any(len(weight.shape) > 1 for weight in layer.weights):
             stages.add(_size(layer))
