@@ -48,7 +48,6 @@ class Recipe:
         if not self.schemes or len(set(self.schemes)) != len(self.schemes):
             raise RecipeError(f"Recipe {self.name} has no schemes or one twice", received=self.schemes)
         check_schemes(self.schemes)
-        self._check_features()
         carried = self._follow()
         if Property.FAKE_QUANT in carried and self.schemes != ("int8",):
             raise RecipeError(
@@ -56,17 +55,6 @@ class Recipe:
                 received=f"schemes {', '.join(self.schemes)} after qat",
                 allowed="int8",
             )
-
-    def _check_features(self) -> None:
-        for number, step in enumerate(self.steps, 1):
-            if step.train.distill and step.train.distill.on_features and not step.hears_features:
-                raise RecipeError(
-                    f"Recipe {self.name}: step {number} ({step.name}) trains in a process of its own, where a model "
-                    "learns from answers alone",
-                    received=f"distill with {', '.join(step.train.distill.feature_losses)}",
-                    allowed="temperature, alpha, teachers",
-                    next_step="Put a distill step with them before it",
-                )
 
     def _follow(self) -> frozenset[Property]:
         """The properties the recipe ends with."""

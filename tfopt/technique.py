@@ -104,8 +104,6 @@ class Technique(abc.ABC):
     name: ClassVar[str]
     adds: ClassVar[frozenset[Property]] = frozenset()
     keeps: ClassVar[frozenset[Property]] = frozenset()
-    #: False where the training runs in a process in which a student's features cannot be heard.
-    hears_features: ClassVar[bool] = True
 
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -119,9 +117,10 @@ class Technique(abc.ABC):
         model, spec: what the study starts from; earlier steps may change it, so this sees what does not depend on them.
         """
         if self.train.distill:
-            from tfopt.distillation.riding import panel_of
+            from tfopt.distillation import features, riding
 
-            panel_of(self.train, model, spec, model.name, int(model.output_shape[-1]))
+            panel = riding.panel_of(self.train, model, spec, model.name, int(model.output_shape[-1]))
+            features.check_teacher(panel[0].model, self.train.distill.pairs)
 
     def files(self) -> tuple[str, ...]:
         """Files whose content shapes the result: teachers, for one. A missing one is refused when the step runs."""

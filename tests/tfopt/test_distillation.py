@@ -192,7 +192,7 @@ def test_a_hint_is_half_the_mean_squared_difference():
 def test_a_teacher_asked_for_its_features_answers_once():
     """Its layers are heard in the same pass that gives its softened answers."""
     teacher, calls = network(4, "t", 1), []
-    with features.listening(teacher, ["first", "second"]) as heard:
+    with features.listening(features.chosen(teacher, ["first", "second"])) as heard:
         own = teacher.get_layer("first").call
         teacher.get_layer("first").__dict__["call"] = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
         images = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -234,8 +234,8 @@ def test_layers_of_the_same_name_are_matched_before_the_end_of_a_stage():
 def test_attention_needs_images():
     student, teacher = network(2, "s"), network(4, "t")
     with pytest.raises(InputError, match="no images"):
-        hook.matches(student, teacher, Distillation(attention=1.0, pairs={"pool": "pool"}))
-    assert hook.matches(student, teacher, Distillation(relational=1.0, pairs={"pool": "pool"})) == {"pool": "pool"}
+        hook.lesson(student, teacher, Distillation(attention=1.0, pairs={"pool": "pool"}))
+    assert hook.lesson(student, teacher, Distillation(relational=1.0, pairs={"pool": "pool"})).pairs == {"pool": "pool"}
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -250,16 +250,18 @@ def test_a_frozen_teacher_answers_as_it_did(tmp_path):
     inputs = keras.Input((8, 8, 3))
     x = kinds.BatchNormalization()(Halved()(kinds.Conv2D(4, 3)(inputs)))
     model = keras.Model(inputs, kinds.Dense(4, activation="softmax")(kinds.Flatten()(x)), name="own")
-    frozen.freeze(model, SPEC, tmp_path / "teacher.npz")
-    answer = frozen.thaw(tmp_path / "teacher.npz", "own")
+    model.layers[1].name = "first"
+    frozen.freeze(model, SPEC, tmp_path / "teacher.npz", ["first"])
+    answer = frozen.Thawed(tmp_path / "teacher.npz", "own")
     for count in (1, 5):
         images = RANDOM.normal(size=(count, 8, 8, 3)).astype(np.float32)
         np.testing.assert_allclose(tf.nn.softmax(answer(tf.constant(images), training=False)), model(images), atol=1e-6)
+        np.testing.assert_allclose(answer.heard["first"], model.layers[1](images), atol=1e-6)
     with np.load(tmp_path / "teacher.npz") as arrays:
         changed = {**arrays, "outputs": arrays["outputs"] + 1}
     np.savez(tmp_path / "teacher.npz", **changed)
     with pytest.raises(ModelRefused, match="Teacher own does not answer the same"):
-        frozen.thaw(tmp_path / "teacher.npz", "own")
+        frozen.Thawed(tmp_path / "teacher.npz", "own")
 
 
 def test_words_that_are_numbers_are_numbers():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from tfopt.errors import InputError, ModelRefused, unknown_name
 
@@ -50,17 +51,37 @@ def pairs(student, teacher, named: dict[str, str] | None = None) -> dict[str, st
     return found
 
 
+def check_teacher(teacher, named: Mapping[str, str]) -> None:
+    """Raise InputError, with near misses, for the first of the user's names that is no layer of the teacher."""
+    known = layers_of(teacher)
+    for name in named.values():
+        if name not in known:
+            raise unknown_name("layer of the teacher", name, known)
+
+
 @contextmanager
-def listening(model, names: list[str]) -> Iterator[dict]:
-    """While this lasts, the dictionary holds what the named layers answered when they were last called.
+def listening(layers: Mapping[str, Any]) -> Iterator[dict]:
+    """While this lasts, the dictionary holds what these layers answered when they were last called, by the same names.
 
     Inside a training step these are tensors of that step's graph, through which gradients flow.
     """
-    known, heard = layers_of(model), {}
+    heard: dict = {}
     with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(_tapped(known[name], name, heard))
+        for name, layer in layers.items():
+            stack.enter_context(_tapped(layer, name, heard))
         yield heard
+
+
+def chosen(model, names: Iterable[str]) -> dict:
+    """The layers of those names."""
+    known = layers_of(model)
+    return {name: known[name] for name in names}
+
+
+def channels(student, teacher, matched: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """student's layer -> (its channels, its teacher's)."""
+    own, other = layers_of(student), layers_of(teacher)
+    return {mine: (int(_shape(own[mine])[-1]), int(_shape(other[name])[-1])) for mine, name in matched.items()}
 
 
 @contextmanager

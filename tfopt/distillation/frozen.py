@@ -5,7 +5,7 @@ teacher.npz    'graph': the GraphDef's bytes; 'ends': the names of its input and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,27 @@ _TOLERANCE = 1e-4
 _PROBE_IMAGES = 4
 
 
-def freeze(model, spec: InputSpec, path: Path) -> None:
+def freeze(model, spec: InputSpec, path: Path, layers: Sequence[str] = ()) -> None:
     """Write what gives the logits of a classifier of any Keras, layers of the user's own included.
+
+    layers: the names of those whose answers are learned as well.
 
     Raises ModelRefused where TensorFlow cannot make constants of its state.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+    from tfopt.distillation import features
     from tfopt.distillation.losses import logits_of
 
     signature = [tf.TensorSpec((None, *spec.shape), tf.float32)]
-    call = tf.function(lambda images: logits_of(model(images, training=False), spec.head), input_signature=signature)
+
+    def answer(images):
+        with features.listening(features.chosen(model, layers)) as heard:
+            logits = logits_of(model(images, training=False), spec.head)
+        return [logits, *(heard[name] for name in layers)]
+
+    call = tf.function(answer, input_signature=signature, autograph=False)
     try:
         constant = convert_variables_to_constants_v2(call.get_concrete_function(), lower_control_flow=False)
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
@@ -42,32 +51,43 @@ def freeze(model, spec: InputSpec, path: Path) -> None:
     images = spec.normalize(pixels)
     arrays = {
         "graph": np.frombuffer(constant.graph.as_graph_def().SerializeToString(), np.uint8),
-        "ends": np.array([constant.inputs[0].name, constant.outputs[0].name]),
+        "ends": np.array([tensor.name for tensor in (constant.inputs[0], *constant.outputs)]),
+        "features": np.array(list(layers), dtype=str),
         "images": images,
-        "outputs": np.asarray(call(tf.constant(images)), np.float32),
+        "outputs": np.asarray(call(tf.constant(images))[0], np.float32),
     }
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
-def thaw(path: Path, name: str) -> Callable:
+class Thawed:
     """(images of (batch, height, width, channels), training) -> logits of (batch, classes).
 
-    Raises ModelRefused where it does not answer as the model did.
+    heard: what the layers of the file answered when it was last called, by name. Raises ModelRefused where it does not
+    answer as the model did.
     """
-    import tensorflow as tf
 
-    with np.load(path, allow_pickle=False) as arrays:
-        content, ends = arrays["graph"].tobytes(), [str(end) for end in arrays["ends"]]
-        images, expected = arrays["images"], arrays["outputs"]
-    definition = tf.compat.v1.GraphDef.FromString(content)
-    wrapped = tf.compat.v1.wrap_function(lambda: tf.compat.v1.import_graph_def(definition, name=""), [])
-    answer = wrapped.prune(*ends)
-    difference = float(np.max(np.abs(answer(tf.constant(images)).numpy() - expected)))
-    if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
-        raise ModelRefused(
-            f"Teacher {name} does not answer the same in the process that trains",
-            received=f"difference {difference:.2g}", allowed=f"{_TOLERANCE:g}",
-            next_step="Distill in a step of its own before prune, cluster or qat",
-        )  # fmt: skip
-    return lambda images, training=False: answer(images)
+    def __init__(self, path: Path, name: str):
+        import tensorflow as tf
+
+        with np.load(path, allow_pickle=False) as arrays:
+            content, (source, *ends) = arrays["graph"].tobytes(), map(str, arrays["ends"])
+            self._layers = list(map(str, arrays["features"]))
+            images, expected = arrays["images"], arrays["outputs"]
+        self.name, self.heard = name, {}
+        definition = tf.compat.v1.GraphDef.FromString(content)
+        wrapped = tf.compat.v1.wrap_function(lambda: tf.compat.v1.import_graph_def(definition, name=""), [])
+        self._answer = wrapped.prune(source, ends)
+        difference = float(np.max(np.abs(self(tf.constant(images)).numpy() - expected)))
+        if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+            raise ModelRefused(
+                f"Teacher {name} does not answer the same in the process that trains",
+                received=f"difference {difference:.2g}",
+                allowed=f"{_TOLERANCE:g}",
+                next_step="Distill in a step of its own before prune, cluster or qat",
+            )
+
+    def __call__(self, images, training: bool = False):
+        logits, *features = self._answer(images)
+        self.heard.update(zip(self._layers, features))
+        return logits

@@ -39,7 +39,6 @@ class Cluster(Technique):
     name: ClassVar[str] = "cluster"
     adds: ClassVar[frozenset[Property]] = frozenset({Property.CLUSTERED})
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.SPARSE, Property.NARROW, Property.LOW_RANK})
-    hears_features: ClassVar[bool] = False
 
     clusters: int = 16
     initialization: str = "kmeans++"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport
 from tfopt.distillation.settings import Distillation, is_number
-from tfopt.errors import InputError, RecipeError, unknown_name
+from tfopt.errors import InputError, RecipeError
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
 
@@ -106,12 +106,9 @@ class Distill(Technique):
             student = students.built(self.student, self.width, model, spec)
         teachers.check(panel, (student or model).name, classes, spec)
         if student is not None:
-            hook.matches(student, panel[0].model, self.losses)
-        elif self.pairs:
-            known = features.layers_of(panel[0].model)
-            for name in self.pairs.values():
-                if name not in known:
-                    raise unknown_name("layer of the teacher", name, known)
+            hook.lesson(student, panel[0].model, self.losses)
+        else:
+            features.check_teacher(panel[0].model, self.pairs)
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras

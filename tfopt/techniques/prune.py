@@ -55,7 +55,6 @@ class Prune(Technique):
     name: ClassVar[str] = "prune"
     adds: ClassVar[frozenset[Property]] = frozenset({Property.SPARSE})
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.NARROW, Property.LOW_RANK})
-    hears_features: ClassVar[bool] = False
 
     sparsity: float | str = 0.5
     max_drop: float = 0.01

@@ -39,7 +39,6 @@ class QuantizeAware(Technique):
     keeps: ClassVar[frozenset[Property]] = frozenset(
         {Property.SPARSE, Property.CLUSTERED, Property.NARROW, Property.LOW_RANK}
     )
-    hears_features: ClassVar[bool] = False
 
     exclude: tuple[str, ...] = ()
     strict: bool = False

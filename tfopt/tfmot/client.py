@@ -23,6 +23,7 @@ from mobile_bench.records import Skip
 from tfopt.data.splits import Split
 from tfopt.distillation import riding, teachers
 from tfopt.distillation.frozen import freeze
+from tfopt.distillation.hook import Lesson, lesson
 from tfopt.distillation.teachers import Loaded
 from tfopt.errors import InputError, ModelRefused, RecipeError
 from tfopt.graph import in_dtype, in_float32
@@ -84,7 +85,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     _check_classes(context.data["train"])
     panel = _panel(config, context, spec, model)
     judged = riding.judged(panel, riding.judges(config, context))
-    ride = riding.Ride(accuracies=judged, known=tuple(teachers.notes(panel)))
+    plan = _lesson(config, panel, model, graph)
+    ride = riding.Ride(accuracies=judged, pairs=plan.pairs, known=tuple(teachers.notes(panel)))
     work = Path(context.work)
     with exchange(work) as folder:
         _save(folder / "model.npz", model, spec, graph, before)
@@ -100,7 +102,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
                 "spec": spec.to_dict(),
                 "train": dataclasses.asdict(config),
                 "seed": context.seed,
-                "teachers": _hand_over(panel, folder),
+                "teachers": _hand_over(panel, plan, folder),
+                "lesson": dataclasses.asdict(plan),
                 **job,
             },
             work,
@@ -118,26 +121,32 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
 
 
 def _panel(config: TrainConfig, context: Context, spec: InputSpec, model: keras.Model) -> list[Loaded]:
-    """The teachers of a fine-tuning; RecipeError where it shall learn from more than their answers."""
+    """The teachers of a fine-tuning."""
     if config.distill is None:
         return []
-    if config.distill.on_features:
-        raise RecipeError(
-            "Where TFMOT trains, a model learns from answers alone: its wrappers hide the features of layers",
-            received="hints, attention or relational", allowed="temperature, alpha, teachers",
-        )  # fmt: skip
     return riding.panel_of(config, context.teacher, spec, model.name, int(model.output_shape[-1]))
 
 
-def _hand_over(panel: list[Loaded], folder: Path) -> list[dict]:
+def _lesson(config: TrainConfig, panel: list[Loaded], model: keras.Model, graph: neutral.Graph) -> Lesson:
+    """Which features are compared; ModelRefused where one is of a layer that the worker does not have."""
+    plan = lesson(model, panel[0].model, config.distill) if panel else Lesson()
+    for name in plan.pairs:
+        if name not in {node.source for node in graph.nodes}:
+            raise ModelRefused(
+                f"Layer {name} takes no part where TFMOT trains, so its features cannot be learned there",
+                received=f"{model.name}, {name}", next_step="Name other layers with pairs",
+            )  # fmt: skip
+    return plan
+
+
+def _hand_over(panel: list[Loaded], plan: Lesson, folder: Path) -> list[dict]:
     """The teachers, frozen, for the worker, where they answer the same augmented images as the student."""
     written = []
     for number, teacher in enumerate(panel):
         path = folder / f"teacher{number}.npz"
-        freeze(teacher.model, teacher.spec, path)
+        freeze(teacher.model, teacher.spec, path, () if number else list(dict.fromkeys(plan.pairs.values())))
         spec = dataclasses.replace(teacher.spec, head="logits").to_dict()
-        facts = {"name": teacher.name, "path": str(path), "spec": spec, "weight": teacher.weight}
-        written.append(facts)
+        written.append({"name": teacher.name, "path": str(path), "spec": spec, "weight": teacher.weight})
     return written
 
 
