@@ -101,7 +101,7 @@ def test_the_report_names_teachers_and_pairs(digits, spec, trained, tmp_path):
 
 
 def test_features_are_learned_inside_simulated_int8(digits, spec, trained, tmp_path):
-    """All three losses are part of what is minimised and reported; a regressor that has learned nothing yet costs most."""
+    """All three losses are part of what is minimised and reported; an untrained regressor costs most."""
     pairs = {"stage2_block1_out": "stage2_block1_out"}
     distill = {"alpha": 1, "attention": 1000, "relational": 1, "hints": 1e6, "pairs": pairs}
     config = {**QUICK, "steps": 2, "learning_rate": 1e-6, "augmentation": "crop_flip", "distill": distill}
