@@ -110,7 +110,8 @@ def content_key(*parts: object) -> str:
 
 
 def step_key(before: str, technique: Technique, data: ImageData, seed: int) -> str:
-    files = [sha256_of(path) if Path(path).is_file() else path for path in technique.files()]
+    paths = [Path(path).expanduser() for path in technique.files()]
+    files = [sha256_of(path) if path.is_file() else str(path) for path in paths]
     return content_key(
         before,
         technique.name,

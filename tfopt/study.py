@@ -305,6 +305,7 @@ class _Workshop:
     def _follow(self, recipe: Recipe) -> steps.StepResult:
         test, fingerprint = self.data["test"], self.data.fingerprint
         self.base.classes(self.spec, test, fingerprint)
+        self._check(recipe)
         result, carried = self.base, frozenset()
         for step in recipe.steps:
             key = steps.step_key(result.key, step, self.data, self.plan.seed)
@@ -323,6 +324,14 @@ class _Workshop:
         if Property.FAKE_QUANT not in carried:
             result.classes(self.spec, test, fingerprint)
         return result
+
+    def _check(self, recipe: Recipe) -> None:
+        """Raise what is known before any training not to work in a step that is still to be made."""
+        key = self.base.key
+        for step in recipe.steps:
+            key = steps.step_key(key, step, self.data, self.plan.seed)
+            if steps.find(self.steps_folder, key) is None:
+                step.check(self.loaded.model, self.spec)
 
     def _kernels(self, result: steps.StepResult) -> list[kept.KernelWeights]:
         """The kernels whose zeros or clusters every file of this result must have; [] where it has none."""

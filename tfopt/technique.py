@@ -111,6 +111,17 @@ class Technique(abc.ABC):
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         """Change the model. Never modifies `optimized.model` in place; raises a Problem on refusal."""
 
+    def check(self, model: keras.Model, spec: InputSpec) -> None:
+        """Raise a Problem where this step cannot work, before any step of its recipe is trained.
+
+        model, spec: what the study starts from; earlier steps may change it, so this sees what does not depend on them.
+        """
+        if self.train.distill:
+            from tfopt.distillation import features, riding
+
+            panel = riding.panel_of(self.train, model, spec, model.name, int(model.output_shape[-1]))
+            features.check_teacher(panel[0].model, self.train.distill.pairs)
+
     def files(self) -> tuple[str, ...]:
         """Files whose content shapes the result: teachers, for one. A missing one is refused when the step runs."""
         distill = self.train.distill

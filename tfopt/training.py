@@ -51,7 +51,7 @@ class TrainConfig:
     `loss` 'crossentropy' follows the head: categorical for softmax and logits, binary for sigmoid; from
     Python also a function of (labels as class indices, outputs), except where TFMOT trains.
     `distill` lets the step learn from the study's own model or from named ones besides the labels: true, or settings
-    of tfopt.distillation; where TFMOT trains, from answers alone.
+    of tfopt.distillation.
     `callbacks` names some of Keras's own with their settings: [{CSVLogger: {filename: log.csv}}]; an
     epoch to them is what lies between two evaluations, and 'val_accuracy' is there to monitor.
     """
@@ -385,10 +385,19 @@ class _hooked:
     def __enter__(self):
         if self.hook is None:
             return
+        import tensorflow as tf
+
         original, hook = self.model.compute_loss, self.hook
+        # tf_keras reports the mean of the loss as it was before the hook; Keras 3 of what compute_loss returns.
+        container = getattr(self.model, "compiled_loss", None)
 
         def compute_loss(x=None, y=None, y_pred=None, sample_weight=None, training=True):
-            return hook(x, y, y_pred, original(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight))
+            plain = original(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            whole = hook(x, y, y_pred, plain)
+            if container is not None:
+                mean = container.metrics[0]
+                mean.total.assign_add((whole - plain) * tf.cast(tf.shape(y_pred)[0], mean.total.dtype))
+            return whole
 
         object.__setattr__(self.model, "compute_loss", compute_loss)
 

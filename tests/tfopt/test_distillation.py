@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile_bench.inputs import InputSpec
-from tfopt.distillation import features, hook, losses, teachers
+from tfopt.distillation import features, frozen, hook, losses, teachers
 from tfopt.distillation.settings import Distillation
 from tfopt.errors import InputError, ModelRefused
 
@@ -103,9 +103,9 @@ def test_several_teachers_are_averaged_by_weight():
     a, b = network(4, "a", 1), network(4, "b", 2, head="logits")
     images = RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32)
     logits = InputSpec(8, 8, 3, head="logits")
-    panel = teachers.Panel([loaded(a), loaded(b, logits, 3.0)], SPEC, keras)
+    panel = teachers.Panel([loaded(a), loaded(b, logits, 3.0)], SPEC)
     expected = 0.25 * softmax(np.log(np.asarray(a(images))) / 2) + 0.75 * softmax(np.asarray(b(images)) / 2)
-    np.testing.assert_allclose(panel.soft(images, 2.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(panel.answers(images, 2.0)[0], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", ["raw", "unit", "torch", "caffe"])
@@ -131,7 +131,7 @@ def test_layers_are_matched_by_the_size_of_their_images():
 def train(student, teacher, settings, steps=30):
     images = RANDOM.normal(size=(16, 8, 8, 3)).astype(np.float32)
     labels = RANDOM.integers(0, 4, 16)
-    with hook.distilling(student, [loaded(teacher)], settings, SPEC, keras) as (call, pairs):
+    with hook.distilling(student, [loaded(teacher)], settings, SPEC) as (call, pairs):
 
         @tf.function
         def step():
@@ -171,3 +171,112 @@ def test_a_copy_has_nothing_to_learn():
     student.set_weights(teacher.get_weights())
     found, _ = train(student, teacher, Distillation(alpha=1.0, attention=1000.0, relational=1.0), steps=1)
     assert found[0] == pytest.approx(0, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 99))
+def test_attention_does_not_change_with_the_scale_or_order_of_channels(batch, size, channels, scale, seed):
+    random = np.random.default_rng(seed)
+    values = random.normal(size=(batch, size, size, channels)).astype(np.float32)
+    other = (scale * values[..., random.permutation(channels)]).astype(np.float32)
+    assert float(losses.attention(tf.constant(values), tf.constant(other))) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_hint_is_half_the_mean_squared_difference():
+    a, b = RANDOM.normal(size=(2, 2, 3, 3, 5)).astype(np.float32)
+    expected = 0.5 * np.mean((a - b) ** 2)
+    assert float(losses.hint(tf.constant(a), tf.constant(b))) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses.hint(tf.constant(a), tf.constant(a))) == 0
+
+
+def test_a_teacher_asked_for_its_features_answers_once():
+    """Its layers are heard in the same pass that gives its softened answers."""
+    teacher, calls = network(4, "t", 1), []
+    with features.listening(features.chosen(teacher, ["first", "second"])) as heard:
+        own = teacher.get_layer("first").call
+        teacher.get_layer("first").__dict__["call"] = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+        images = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)
+        _, found = teachers.Panel([loaded(teacher)], SPEC, heard).answers(images, 1.0)
+    assert len(calls) == 1 and {name: value.shape for name, value in found.items()} == {
+        "first": (2, 8, 8, 4), "second": (2, 4, 4, 8),
+    }  # fmt: skip
+
+
+def nested(name: str, seed: int = 0):
+    """A backbone inside a model, as transfer learning makes it, behind its own scaling and padding."""
+    keras.utils.set_random_seed(seed)
+    inside = keras.Input((10, 10, 3))
+    x = kinds.Conv2D(6, 3, padding="same", activation="relu", name="inner_conv")(inside)
+    backbone = keras.Model(inside, kinds.MaxPooling2D(2, name="inner_pool")(x), name="backbone")
+    inputs = keras.Input((8, 8, 3))
+    x = kinds.ZeroPadding2D(1, name="padding")(kinds.Rescaling(0.5, name="scaling")(inputs))
+    x = kinds.GlobalAveragePooling2D()(kinds.Conv2D(5, 3, padding="same", name="top")(backbone(x)))
+    return keras.Model(inputs, kinds.Dense(4, activation="softmax")(x), name=name)
+
+
+def test_layers_inside_nested_models_are_matched_and_heard():
+    """Sizes that only scaling and padding make are no stages."""
+    student, teacher = nested("s", 1), nested("t", 2)
+    assert features.pairs(student, teacher) == {"inner_conv": "inner_conv", "top": "top"}
+    found, _ = train(student, teacher, Distillation(alpha=0.5, attention=10.0, hints=1.0), steps=20)
+    assert found[-1] < found[0]
+
+
+def test_layers_of_the_same_name_are_matched_before_the_end_of_a_stage():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = kinds.Conv2D(3, 3, padding="same", name="first")(inputs)
+    x = kinds.Conv2D(3, 3, padding="same", name="later")(x)
+    teacher = keras.Model(inputs, kinds.Dense(4)(kinds.GlobalAveragePooling2D()(x)), name="t")
+    assert features.pairs(network(2, "s"), teacher) == {"first": "first"}
+
+
+def test_attention_needs_images():
+    student, teacher = network(2, "s"), network(4, "t")
+    with pytest.raises(InputError, match="no images"):
+        hook.lesson(student, teacher, Distillation(attention=1.0, pairs={"pool": "pool"}))
+    assert hook.lesson(student, teacher, Distillation(relational=1.0, pairs={"pool": "pool"})).pairs == {"pool": "pool"}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Halved(keras.layers.Layer):
+    """A layer that no other process knows."""
+
+    def call(self, x):
+        return keras.ops.where(x > 0, x / 2, keras.ops.sin(x))
+
+
+def test_a_frozen_teacher_answers_as_it_did(tmp_path):
+    inputs = keras.Input((8, 8, 3))
+    x = kinds.BatchNormalization()(Halved()(kinds.Conv2D(4, 3)(inputs)))
+    model = keras.Model(inputs, kinds.Dense(4, activation="softmax")(kinds.Flatten()(x)), name="own")
+    model.layers[1].name = "first"
+    frozen.freeze(model, SPEC, tmp_path / "teacher.npz", ["first"])
+    answer = frozen.Thawed(tmp_path / "teacher.npz", "own")
+    for count in (1, 5):
+        images = RANDOM.normal(size=(count, 8, 8, 3)).astype(np.float32)
+        np.testing.assert_allclose(tf.nn.softmax(answer(tf.constant(images), training=False)), model(images), atol=1e-6)
+        np.testing.assert_allclose(answer.heard["first"], model.layers[1](images), atol=1e-6)
+    with np.load(tmp_path / "teacher.npz") as arrays:
+        changed = {**arrays, "outputs": arrays["outputs"] + 1}
+    np.savez(tmp_path / "teacher.npz", **changed)
+    with pytest.raises(ModelRefused, match="Teacher own does not answer the same"):
+        frozen.Thawed(tmp_path / "teacher.npz", "own")
+
+
+def test_words_that_are_numbers_are_numbers():
+    """YAML reads 1e3 as a word."""
+    assert Distillation(attention="1e3", temperature="2").numbers()["attention"] == 1000
+    with pytest.raises(InputError, match="much"):
+        Distillation(attention="much")
+
+
+def test_the_logits_of_a_sure_model_are_its_own():
+    """Not the logarithm of probabilities, which are all below what counts as one."""
+    sure, plain = network(4, "s", 1), network(4, "s", 1, head="logits")
+    sure.layers[-1].set_weights([1000 * weights for weights in sure.layers[-1].get_weights()])
+    plain.set_weights(sure.get_weights())
+    images = tf.constant(RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32))
+    found = tf.function(lambda x: losses.logits_of(sure(x, training=False), "softmax"))(images)
+    assert np.ptp(found) > 50
+    np.testing.assert_allclose(found, plain(images), rtol=1e-4)

@@ -2,60 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from mobile_bench.inputs import InputSpec
 from tfopt.distillation import features, teachers
+from tfopt.errors import InputError
 
 if TYPE_CHECKING:
     from tfopt.distillation.settings import Distillation
     from tfopt.distillation.teachers import Loaded
+    from tfopt.training import LossHook
 
 #: FitNets' regressor learns at this rate, whatever the student does.
 _REGRESSOR_RATE = 1e-3
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Which features are compared: {student's layer: teacher's layer}, and the channels of both by the former."""
+
+    pairs: dict[str, str] = field(default_factory=dict)
+    channels: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
 @contextmanager
 def distilling(
-    student, panel: Sequence[Loaded], settings: Distillation, spec: InputSpec, keras: ModuleType
-) -> Iterator[tuple]:
+    student, panel: Sequence[Loaded], settings: Distillation, spec: InputSpec
+) -> Iterator[tuple[LossHook, dict[str, str]]]:
     """(the hook, {student's layer: teacher's layer}) while the block lasts; nothing of it stays in the student.
 
-    Raises what features.pairs raises. The student's features are heard while it is trained; gradients go to the student
-    alone, and to the regressors of hints, which have an optimizer of their own.
+    Raises what `lesson` raises. The first teacher is the one whose features are learned.
     """
-    import tensorflow as tf
+    plan = lesson(student, panel[0].model, settings)
+    layers = features.chosen(panel[0].model, plan.pairs.values())
+    with (
+        features.listening(layers) as heard,
+        learning(features.chosen(student, plan.pairs), panel, heard, plan, settings, spec) as hook,
+    ):
+        yield hook, plan.pairs
 
-    from tfopt.distillation import losses
 
-    matched = features.pairs(student, panel[0].model, settings.pairs) if settings.on_features else {}
-    experts = teachers.Panel(panel, spec, keras, list(dict.fromkeys(matched.values())))
-    regressors = _Regressors(student, panel[0].model, matched) if settings.hints else None
-    with features.listening(student, list(matched)) as heard:
+@contextmanager
+def learning(
+    layers: Mapping[str, Any], panel: Sequence[Loaded], heard: Mapping[str, Any], plan: Lesson,
+    settings: Distillation, spec: InputSpec,
+) -> Iterator[LossHook]:  # fmt: skip
+    """The hook, for a student whose `layers` are those of the plan, by their names there.
+
+    heard: fills with what the first teacher's layers answer, while it does. Gradients go to the student alone, and to
+    the regressors of hints, which have an optimizer of their own.
+    """
+    regressors = _Regressors(plan.channels) if settings.hints else None
+    experts = teachers.Panel(panel, spec, heard)
+    with features.listening(layers) as own:
 
         def hook(images, labels, outputs, loss):
+            from tfopt.distillation import losses
+
             total = (1 - settings.alpha) * loss
+            if settings.alpha or plan.pairs:
+                soft, targets = experts.answers(images, settings.temperature, bool(settings.alpha))
             if settings.alpha:
-                soft = experts.soft(images, settings.temperature)
                 logits = losses.logits_of(outputs, spec.head)
                 total += settings.alpha * losses.divergence(soft, logits, settings.temperature)
-            theirs = experts.features(images)
-            last = list(matched)[-1:] if settings.relational else ()
-            for mine, name in matched.items():
-                target, own = theirs[name], heard[mine]
-                if settings.hints:
-                    total += settings.hints * losses.hint(target, regressors(mine, own, target))
-                if settings.attention and len(target.shape) == 4:
-                    total += settings.attention * losses.attention(target, own)
-                if mine in last:
-                    pooled = [tf.reduce_mean(x, (1, 2)) if len(x.shape) == 4 else x for x in (target, own)]
-                    total += settings.relational * losses.relational(*pooled)
+            for mine, name in plan.pairs.items():
+                total += _on_pair(settings, regressors, mine, targets[name], own[mine])
+            if settings.relational:
+                mine, name = list(plan.pairs.items())[-1]
+                total += settings.relational * losses.relational(_pooled(targets[name]), _pooled(own[mine]))
             return total
 
-        yield hook, matched
+        yield hook
+
+
+def lesson(student, teacher, settings: Distillation) -> Lesson:
+    """The features that the settings compare, of two Keras models; none for answers alone.
+
+    Raises what features.pairs raises, and InputError where attention is all that looks at layers without images.
+    """
+    if not settings.on_features:
+        return Lesson()
+    matched = features.pairs(student, teacher, settings.pairs)
+    known = features.layers_of(student)
+    flat = [name for name in matched if len(known[name].output.shape) != 4]
+    if flat and not settings.hints and not settings.relational:
+        raise InputError(
+            "Attention is where in an image a layer looks, and a layer has no images", received=", ".join(flat),
+            allowed="layers of (height, width, channels)", next_step="Pair other layers, or use hints or relational",
+        )  # fmt: skip
+    return Lesson(matched, features.channels(student, teacher, matched))
+
+
+def _on_pair(settings: Distillation, regressors: _Regressors | None, name: str, target, own):
+    """The weighted losses on one pair of features."""
+    from tfopt.distillation import losses
+
+    total = 0.0
+    if settings.hints:
+        total += settings.hints * losses.hint(target, regressors(name, own, target))
+    if settings.attention and len(target.shape) == 4:
+        total += settings.attention * losses.attention(target, own)
+    return total
+
+
+def _pooled(values):
+    """The mean over positions where there are any: (batch, channels)."""
+    import tensorflow as tf
+
+    return tf.reduce_mean(values, (1, 2)) if len(values.shape) == 4 else values
 
 
 class _Regressors:
@@ -64,18 +121,16 @@ class _Regressors:
     It is no part of the student: its weights are made here, and are gone when the training ends.
     """
 
-    def __init__(self, student, teacher, matched: dict[str, str]):
+    def __init__(self, channels: Mapping[str, tuple[int, int]]):
         import tensorflow as tf
 
-        own, other = features.layers_of(student), features.layers_of(teacher)
         self._weights, self._moments = {}, {}
         random = tf.random.Generator.from_seed(0)
-        for mine, theirs in matched.items():
-            inputs, outputs = int(own[mine].output.shape[-1]), int(other[theirs].output.shape[-1])
+        for mine, (inputs, outputs) in channels.items():
             start = random.normal((inputs, outputs), stddev=inputs**-0.5)
             self._weights[mine] = tf.Variable(start)
             self._moments[mine] = tf.Variable(tf.zeros((2, inputs, outputs)))
-        self._step = {mine: tf.Variable(0.0) for mine in matched}
+        self._step = {mine: tf.Variable(0.0) for mine in channels}
 
     def __call__(self, name: str, own, target):
         """The student's features with the teacher's channels; takes one step towards the target."""

@@ -6,8 +6,15 @@ import tensorflow as tf
 
 
 def logits_of(outputs, head: str):
-    """Logits from what a classifier answers, up to a constant that softmax drops: (batch, classes)."""
-    return outputs if head == "logits" else tf.math.log(tf.clip_by_value(outputs, 1e-7, 1.0))
+    """Logits from what a classifier answers, up to a constant that softmax drops: (batch, classes).
+
+    Both versions of Keras leave them beside the probabilities of a softmax in the same graph. Where they are not, as
+    behind simulated int8, they are the logarithm of probabilities, of which none counts as less than 1e-7.
+    """
+    if head == "logits":
+        return outputs
+    own = getattr(outputs, "_keras_logits", None)
+    return own if own is not None else tf.math.log(tf.clip_by_value(outputs, 1e-7, 1.0))
 
 
 def softened(logits, temperature: float):

@@ -20,6 +20,12 @@ class Teacher:
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
             raise InputError("A teacher is no file", received=repr(self.path), allowed="a .keras file")
+        if self.input_spec is not None and not isinstance(self.input_spec, str):
+            raise InputError(
+                f"The input_spec of teacher {self.path} is no text", received=repr(self.input_spec),
+                allowed="such as scaling=unit",
+            )  # fmt: skip
+        object.__setattr__(self, "weight", as_number(self.weight))
         if not (is_number(self.weight) and self.weight > 0):
             raise InputError("A teacher's weight is out of range", received=repr(self.weight), allowed="above 0")
 
@@ -44,8 +50,9 @@ class Distillation:
 
     temperature, alpha: of Hinton et al. 2015. hints: weight of FitNets' regression on features. attention: weight of
     attention transfer (1000 is the order of its authors'). relational: weight of relational distillation, distances
-    plus twice the angles. pairs: {student's layer: teacher's layer} for hints and attention; where it is empty,
-    layers are matched by name, then by the size of their images. teachers: files; none is the study's own model.
+    plus twice the angles, between the last pair of layers. pairs: {student's layer: teacher's layer} for these three;
+    where it is empty, the ends of stages are matched, by name or else by size (features.pairs). teachers: files; none
+    is the study's own model. The first one's features count, and the mean of all answers.
     """
 
     temperature: float = 4.0
@@ -57,6 +64,8 @@ class Distillation:
     teachers: tuple[Teacher, ...] = ()
 
     def __post_init__(self):
+        for name in _NUMBERS:
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         if not (is_number(self.temperature) and self.temperature > 0):
             raise InputError("temperature is out of range", received=repr(self.temperature), allowed="above 0")
         if not (is_number(self.alpha) and 0 <= self.alpha <= 1):
@@ -82,7 +91,16 @@ class Distillation:
     @property
     def on_features(self) -> bool:
         """Whether the features of layers are looked at, and not the answers alone."""
-        return bool(self.hints or self.attention or self.relational)
+        return bool(self.feature_losses)
+
+    @property
+    def feature_losses(self) -> tuple[str, ...]:
+        """The names of the losses on features that have a weight."""
+        return tuple(name for name in ("hints", "attention", "relational") if getattr(self, name))
+
+    def numbers(self) -> dict[str, float]:
+        """temperature, alpha and the weights, by name."""
+        return {name: getattr(self, name) for name in _NUMBERS}
 
     @classmethod
     def parse(cls, values) -> Distillation:
@@ -103,7 +121,16 @@ class Distillation:
         return dataclasses.asdict(self)
 
 
+_NUMBERS = ("temperature", "alpha", "hints", "attention", "relational")
 NAMES = tuple(f.name for f in dataclasses.fields(Distillation))
+
+
+def as_number(value):
+    """What YAML reads as a word, such as 1e3, as the number it is; everything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def is_number(value) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mobile_bench.inputs import InputSpec
@@ -22,6 +22,7 @@ class Loaded:
     model: Any
     spec: InputSpec
     weight: float = 1.0
+    note: str = ""
 
 
 def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
@@ -36,8 +37,17 @@ def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
     found = []
     for teacher in settings.teachers:
         loaded = models.load(teacher.path, input_spec=teacher.input_spec)
-        found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight))
+        note = models.assumption(loaded).removeprefix("warning: ")
+        found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight, note))
+    names = [teacher.name for teacher in found]
+    if len(set(names)) < len(names):
+        found = [dataclasses.replace(one, name=teacher.path) for one, teacher in zip(found, settings.teachers)]
     return found
+
+
+def notes(teachers: Sequence[Loaded]) -> list[str]:
+    """What a reader of the report must know of them."""
+    return [f"Teacher {teacher.note}" for teacher in teachers if teacher.note]
 
 
 def check(teachers: Sequence[Loaded], student_name: str, classes: int, spec: InputSpec) -> None:
@@ -71,41 +81,27 @@ def check(teachers: Sequence[Loaded], student_name: str, classes: int, spec: Inp
 class Panel:
     """All teachers at work inside a training step."""
 
-    def __init__(self, teachers: Sequence[Loaded], spec: InputSpec, keras: ModuleType, features: Sequence[str] = ()):
-        """features: layers of the first teacher to hear as well."""
-        self._teachers, self._spec, self._features = list(teachers), spec, list(features)
+    def __init__(self, teachers: Sequence[Loaded], spec: InputSpec, heard: Mapping[str, Any] | None = None):
+        """heard: what features.listening gives for the first teacher; it fills while that answers."""
+        self._teachers, self._spec, self._heard = list(teachers), spec, heard
         self._total = sum(teacher.weight for teacher in teachers)
-        self._inside = None
-        if features:
-            from tfopt.distillation.features import layers_of
 
-            known = layers_of(teachers[0].model)
-            model = teachers[0].model
-            self._inside = keras.Model(model.inputs, [known[name].output for name in features])
+    def answers(self, images, temperature: float, all_of_them: bool = True) -> tuple[Any, dict]:
+        """(the mean of the teachers' probabilities at a temperature, by their weights: (batch, classes), the features).
 
-    def soft(self, images, temperature: float):
-        """The mean of the teachers' probabilities at a temperature, by their weights: (batch, classes)."""
+        images: as the student takes them. all_of_them: False asks the first teacher alone, for its features.
+        """
         import tensorflow as tf
 
         from tfopt.distillation import losses
 
         parts = []
-        for teacher in self._teachers:
+        for teacher in self._teachers if all_of_them else self._teachers[:1]:
             outputs = teacher.model(rescaled(images, self._spec, teacher.spec), training=False)
             soft = losses.softened(losses.logits_of(outputs, teacher.spec.head), temperature)
             parts.append(soft * (teacher.weight / self._total))
-        return tf.stop_gradient(tf.add_n(parts))
-
-    def features(self, images) -> dict:
-        """What the first teacher's layers answer."""
-        import tensorflow as tf
-
-        if self._inside is None:
-            return {}
-        first = self._teachers[0]
-        found = self._inside(rescaled(images, self._spec, first.spec), training=False)
-        found = found if isinstance(found, (list, tuple)) else [found]
-        return dict(zip(self._features, map(tf.stop_gradient, found)))
+        features = {name: tf.stop_gradient(value) for name, value in (self._heard or {}).items()}
+        return tf.stop_gradient(tf.add_n(parts)), features
 
 
 def rescaled(images, given: InputSpec, wanted: InputSpec):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport
 from tfopt.distillation.settings import Distillation, is_number
-from tfopt.errors import InputError, ModelRefused, RecipeError
+from tfopt.errors import InputError, RecipeError
 from tfopt.technique import Context, OptimizedModel, Property, Technique, register
 from tfopt.training import TrainConfig
+
+if TYPE_CHECKING:
+    import keras
 
 _FILES = (".keras", ".h5", ".hdf5")
 
@@ -53,6 +53,8 @@ class Distill(Technique):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8, learning_rate=3e-3))
 
     def __post_init__(self):
+        for name, value in self.losses.numbers().items():
+            object.__setattr__(self, name, value)
         if not (is_number(self.width) and 0 < self.width <= 4):
             raise InputError("width is out of range", received=repr(self.width), allowed="above 0, up to 4")
         if self.start not in ("teacher", "random"):
@@ -83,34 +85,53 @@ class Distill(Technique):
             relational=self.relational, pairs=self.pairs, teachers=self.teachers,
         )  # fmt: skip
 
+    @property
+    def _is_file(self) -> bool:
+        return self.student.endswith(_FILES) or "/" in self.student
+
     def files(self) -> tuple[str, ...]:
-        own = (self.student,) if self.student.endswith(_FILES) else ()
+        own = (self.student,) if self._is_file else ()
+        own += self._channels().files() if self.student == "channels" else ()
         return (*own, *(teacher.path for teacher in self.teachers))
+
+    def check(self, model: keras.Model, spec: InputSpec) -> None:
+        from tfopt.distillation import features, hook, students, teachers
+
+        panel = teachers.load(self.losses, model, spec)
+        classes = int(model.output_shape[-1])
+        student = None
+        if self._is_file:
+            student, _ = students.from_file(self.student, classes, spec)
+        elif self.student not in ("self", "channels"):
+            student = students.built(self.student, self.width, model, spec)
+        teachers.check(panel, (student or model).name, classes, spec)
+        if student is not None:
+            hook.lesson(student, panel[0].model, self.losses)
+        else:
+            features.check_teacher(panel[0].model, self.pairs)
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras
 
         from tfopt import training
-        from tfopt.distillation import teachers
+        from tfopt.distillation import riding, teachers
         from tfopt.distillation.hook import distilling
         from tfopt.graph import count_macs, count_parameters, flat_layers
 
         started = time.monotonic()
         spec, before = optimized.spec, optimized.model
-        losses = self.losses
-        panel = teachers.load(losses, context.teacher, spec)
+        self.check(before, spec)
+        panel = teachers.load(self.losses, context.teacher, spec)
         keras.utils.set_random_seed(context.seed)
         student, notes = self._student(optimized, context)
         teachers.check(panel, student.name, int(student.output_shape[-1]), spec)
-        validation = context.data["validation"].balanced(1000)
-        best = {t.name: training.accuracy(t.model, validation, t.spec) for t in panel}
-        with distilling(student, panel, losses, spec, keras) as (hook, pairs):
+        with distilling(student, panel, self.losses, spec) as (hook, pairs):
+            judged = riding.judged(panel, riding.judges(self.train, context))
             report = training.fit(
                 student, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
                 seed=context.seed, loss_hook=hook, callbacks=context.callbacks, progress=context.progress,
             )  # fmt: skip
-        if report.accuracy_after > max(best.values()) + 0.01:
-            notes.append(f"The student is better than its teachers: {report.accuracy_after:.1%} of validation")
+        notes += [*teachers.notes(panel), *riding.worse(judged, report.accuracy_after)]
         result = OptimizedModel(student, spec, optimized.properties | self.adds)
         return result, StepReport(
             technique=self.name,
@@ -124,17 +145,17 @@ class Distill(Technique):
             seconds=round(time.monotonic() - started, 3),
             training=report.to_dict(),
             properties={
-                "temperature": self.temperature, "student": student.name, "pairs": pairs,
-                "teachers": {name: round(accuracy, 4) for name, accuracy in best.items()},
+                "temperature": self.temperature, "student": student.name, "pairs": pairs, "teachers": judged,
             },
             notes=tuple(notes),
         )  # fmt: skip
 
-    def _student(self, optimized: OptimizedModel, context: Context):
+    def _student(self, optimized: OptimizedModel, context: Context) -> tuple[keras.Model, list[str]]:
         """The network to train, and what a reader of the report must know of it."""
         import keras
 
         from tfopt import training
+        from tfopt.distillation import students
         from tfopt.graph import flat_layers, rewrite
 
         spec, model = optimized.spec, optimized.model
@@ -142,10 +163,10 @@ class Distill(Technique):
             return rewrite(model), ["The student is the model itself"]
         if self.student == "channels":
             return self._channels().cut_once(optimized, context), []
-        if self.student.endswith(_FILES) or "/" in self.student:
-            return self._from_file(spec), [f"The student is {self.student}"]
-        student = self._built(model, spec)
-        inherited = _select_weights(model, student) if self.start == "teacher" else []
+        if self._is_file:
+            return students.from_file(self.student, int(model.output_shape[-1]), spec)
+        student = students.built(self.student, self.width, model, spec)
+        inherited = students.select_weights(model, student) if self.start == "teacher" else []
         if inherited:
             training.recalibrate(student, context.data["train"], spec, keras=keras)
         layers = sum(bool(layer.weights) for layer in flat_layers(student))
@@ -160,68 +181,3 @@ class Distill(Technique):
                 received=", ".join(sorted({"train", "rounds"} & set(self.channels))),
             )  # fmt: skip
         return make("channels", self.channels)
-
-    def _from_file(self, spec: InputSpec):
-        from tfopt import models
-
-        loaded = models.load(Path(self.student))
-        if loaded.spec.shape != spec.shape or loaded.spec.head != spec.head:
-            raise ModelRefused(
-                f"The student {self.student} does not take this study's images",
-                received=f"{loaded.spec.shape}, {loaded.spec.head}", allowed=f"{spec.shape}, {spec.head}",
-            )  # fmt: skip
-        return loaded.model
-
-    def _built(self, model, spec: InputSpec):
-        from tfopt.builders import BUILDERS, build, parse
-
-        name, width = self.student, self.width
-        if name == "narrow":
-            known = parse(model.name)
-            if known is None:
-                raise ModelRefused(
-                    "The model is not of one of our architectures, so there is no narrower version of it",
-                    received=model.name,
-                    allowed=", ".join(BUILDERS),
-                    next_step="Name the student in the recipe, such as student: channels or student: mobilenet",
-                )
-            name, teacher_width = known
-            width *= teacher_width
-        classes = int(model.output_shape[-1])
-        if classes < 2 or spec.head == "sigmoid":
-            raise ModelRefused(
-                "Distillation needs softmax or logits", received=f"a {spec.head} head with {classes} outputs"
-            )
-        student = build(name, spec.shape, classes, width)
-        if spec.head == "logits":
-            student.layers[-1].activation = _linear()
-        return student
-
-
-def _select_weights(teacher, student) -> list[str]:
-    """Evenly spaced slices of the teacher's weights, axis by axis, for layers of the same name.
-
-    The indices depend on the two sizes alone, so layers whose channels are tied pick the same ones.
-    """
-    from tfopt.graph import flat_layers
-
-    sources = {layer.name: layer.get_weights() for layer in flat_layers(teacher)}
-    inherited = []
-    for layer in flat_layers(student):
-        own, source = layer.get_weights(), sources.get(layer.name, [])
-        fits = [w.ndim == s.ndim and all(a <= b for a, b in zip(w.shape, s.shape)) for w, s in zip(own, source)]
-        if not own or len(own) != len(source) or not all(fits):
-            continue
-        layer.set_weights([s[np.ix_(*map(_evenly, s.shape, w.shape))] for w, s in zip(own, source)])
-        inherited.append(layer.name)
-    return inherited
-
-
-def _evenly(available: int, wanted: int) -> np.ndarray:
-    return np.linspace(0, available - 1, wanted).round().astype(int)
-
-
-def _linear():
-    import keras
-
-    return keras.activations.linear

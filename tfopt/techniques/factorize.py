@@ -129,10 +129,10 @@ class Factorize(Technique):
                 thinner.get_layer(part.name).set_weights(part.weights)
         training.recalibrate(thinner, context.data["train"], spec, keras=keras)
         before_training = training.accuracy(thinner, context.data["validation"].balanced(1000), spec)
-        with riding(self.train, thinner, context, spec) as hook:
+        with riding(self.train, thinner, context, spec) as ride:
             report = training.fit(
                 thinner, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
-                seed=context.seed, loss_hook=hook, callbacks=context.callbacks, progress=context.progress,
+                seed=context.seed, loss_hook=ride.hook, callbacks=context.callbacks, progress=context.progress,
             )  # fmt: skip
         result = OptimizedModel(thinner, spec, optimized.properties | self.adds)
         return result, StepReport(
@@ -145,7 +145,7 @@ class Factorize(Technique):
             macs_before=count_macs(model),
             macs_after=count_macs(thinner),
             seconds=round(time.monotonic() - started, 3),
-            training=report.to_dict(),
+            training=ride.report(report.to_dict()),
             properties={
                 "ranks": {name: _rank(candidate) for name, candidate in choice.candidates.items()},
                 "methods": {name: candidate.method for name, candidate in choice.candidates.items()},
@@ -153,7 +153,7 @@ class Factorize(Technique):
                 "times": {name: vars(timed) for name, timed in choice.times.items()},
                 "accuracy_before_training": before_training,
             },
-            notes=self._notes(choice),
+            notes=(*self._notes(choice), *ride.notes(report.accuracy_after)),
         )
 
     def plan(self, optimized: OptimizedModel, context: Context) -> tuple[Choice, list[Skip]]:

@@ -136,11 +136,11 @@ class Narrow(Technique):
             exactness = _check(found, removed, smaller)
             training.recalibrate(smaller, split, spec, keras=keras)
             done = sum(rounds[: number - 1])
-            with riding(self.train, smaller, context, spec) as hook:
+            with riding(self.train, smaller, context, spec) as ride:
                 report = training.fit(
                     smaller, split, context.data["validation"], spec,
                     dataclasses.replace(self.train, epochs=None, steps=steps), keras=keras,
-                    seed=context.seed + number - 1, loss_hook=hook, callbacks=context.callbacks,
+                    seed=context.seed + number - 1, loss_hook=ride.hook, callbacks=context.callbacks,
                     progress=_shifted(context.progress, done, total),
                 )  # fmt: skip
             reports.append(report)
@@ -171,14 +171,14 @@ class Narrow(Technique):
             macs_before=whole.macs_before,
             macs_after=whole.macs_after,
             seconds=round(time.monotonic() - started, 3),
-            training=_joined(reports).to_dict(),
+            training=ride.report(_joined(reports).to_dict()),
             properties={
                 "channels": {name: list(counts) for name, counts in whole.layers.items()},
                 "rounds": facts,
                 "accuracy_before_training": reports[0].accuracy_before,
                 **({"latency": latency} if plan.budget else {}),
             },
-            notes=tuple(notes),
+            notes=(*notes, *ride.notes(reports[-1].accuracy_after)),
         )
 
     def cut_once(self, optimized: OptimizedModel, context: Context) -> keras.Model:

@@ -21,6 +21,10 @@ from mobile_bench.inputs import InputSpec
 from mobile_bench.jobs import run_job
 from mobile_bench.records import Skip
 from tfopt.data.splits import Split
+from tfopt.distillation import riding, teachers
+from tfopt.distillation.frozen import freeze
+from tfopt.distillation.hook import Lesson, lesson
+from tfopt.distillation.teachers import Loaded
 from tfopt.errors import InputError, ModelRefused, RecipeError
 from tfopt.graph import in_dtype, in_float32
 from tfopt.technique import Context, OptimizedModel
@@ -40,7 +44,7 @@ class Trained:
     """What a training in the worker gave.
 
     model: a fresh Keras 3 model. before, after: the weights by the bridge's names. training: a
-    TrainReport as a dict. result: what else the worker said.
+    TrainReport as a dict. result: what else the worker said. notes: on its teachers.
     """
 
     model: keras.Model
@@ -49,6 +53,7 @@ class Trained:
     training: dict
     result: dict
     graph: neutral.Graph
+    notes: tuple[str, ...] = ()
 
     def source(self, weight: str) -> str:
         """The user's name of the layer that a weight belongs to."""
@@ -78,6 +83,10 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     graph, before = bridge.describe(model)
     check_numbers(graph, before)
     _check_classes(context.data["train"])
+    panel = _panel(config, context, spec, model)
+    judged = riding.judged(panel, riding.judges(config, context))
+    plan = _lesson(config, panel, model, graph)
+    ride = riding.Ride(accuracies=judged, pairs=plan.pairs, known=tuple(teachers.notes(panel)))
     work = Path(context.work)
     with exchange(work) as folder:
         _save(folder / "model.npz", model, spec, graph, before)
@@ -93,7 +102,8 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
                 "spec": spec.to_dict(),
                 "train": dataclasses.asdict(config),
                 "seed": context.seed,
-                "teachers": _teachers(config, context, spec, model, folder),
+                "teachers": _hand_over(panel, plan, folder),
+                "lesson": dataclasses.asdict(plan),
                 **job,
             },
             work,
@@ -105,27 +115,38 @@ def train(operation: str, optimized: OptimizedModel, context: Context, config: T
     expected = after.pop("probe:outputs")
     trained = bridge.with_weights(model, after)
     _check(trained, after.pop("probe:images"), expected)
-    return Trained(trained, before, after, result.pop("training"), result, graph)
+    report = result.pop("training")
+    notes = ride.notes(report["accuracy_after"])
+    return Trained(trained, before, after, ride.report(report), result, graph, notes)
 
 
-def _teachers(config: TrainConfig, context: Context, spec: InputSpec, model, folder: Path) -> list[dict]:
-    """The teachers of a fine-tuning, written for the worker, where they answer its own augmented images."""
+def _panel(config: TrainConfig, context: Context, spec: InputSpec, model: keras.Model) -> list[Loaded]:
+    """The teachers of a fine-tuning."""
     if config.distill is None:
         return []
-    if config.distill.on_features:
-        raise RecipeError(
-            "Where TFMOT trains, a model learns from answers alone: its wrappers hide the features of layers",
-            received="hints, attention or relational", allowed="temperature, alpha, teachers",
-        )  # fmt: skip
-    from tfopt.distillation.riding import panel_of
+    return riding.panel_of(config, context.teacher, spec, model.name, int(model.output_shape[-1]))
 
+
+def _lesson(config: TrainConfig, panel: list[Loaded], model: keras.Model, graph: neutral.Graph) -> Lesson:
+    """Which features are compared; ModelRefused where one is of a layer that the worker does not have."""
+    plan = lesson(model, panel[0].model, config.distill) if panel else Lesson()
+    for name in plan.pairs:
+        if name not in {node.source for node in graph.nodes}:
+            raise ModelRefused(
+                f"Layer {name} takes no part where TFMOT trains, so its features cannot be learned there",
+                received=f"{model.name}, {name}", next_step="Name other layers with pairs",
+            )  # fmt: skip
+    return plan
+
+
+def _hand_over(panel: list[Loaded], plan: Lesson, folder: Path) -> list[dict]:
+    """The teachers, frozen, for the worker, where they answer the same augmented images as the student."""
     written = []
-    for number, teacher in enumerate(panel_of(config, context, spec, model.name, int(model.output_shape[-1]))):
+    for number, teacher in enumerate(panel):
         path = folder / f"teacher{number}.npz"
-        hand_over(path, teacher.model, teacher.spec)
-        written.append(
-            {"name": teacher.name, "path": str(path), "spec": teacher.spec.to_dict(), "weight": teacher.weight}
-        )
+        freeze(teacher.model, teacher.spec, path, () if number else list(dict.fromkeys(plan.pairs.values())))
+        spec = dataclasses.replace(teacher.spec, head="logits").to_dict()
+        written.append({"name": teacher.name, "path": str(path), "spec": spec, "weight": teacher.weight})
     return written
 
 
@@ -227,7 +248,7 @@ def skips(rows: list) -> tuple[Skip, ...]:
 
 def notes(trained: Trained) -> tuple[str, ...]:
     """What a reader of the report must know about the crossing."""
-    found: tuple[str, ...] = ()
+    found = trained.notes
     if trained.graph.dropped:
         found += (f"Layers that act in training only took no part: {', '.join(trained.graph.dropped)}",)
     whole = in_float32(trained.model)

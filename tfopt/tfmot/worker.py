@@ -22,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["TF_USE_LEGACY_KERAS"] = "1"  # TFMOT's Keras is tf_keras; only ever said in this process
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ def prune(job: dict, emit) -> dict:
     config = TrainConfig.from_dict(job["train"])
     train = _split(job["splits"]["train"])
     pruner = Pruner(graph, weights, job["settings"], config.steps_for(len(train)))
-    report = _fit(pruner.model, train, job, config, emit, callbacks=pruner.callbacks(), settled=pruner.settled)
+    report = _fit(pruner.model, graph, train, job, config, emit, callbacks=pruner.callbacks(), settled=pruner.settled)
     return {"training": report, "policy": pruner.policy, "probe": _finish(job, graph, pruner.weights())}
 
 
@@ -74,7 +74,7 @@ def cluster(job: dict, emit) -> dict:
     graph, weights = _model(job)
     config = TrainConfig.from_dict(job["train"])
     clusterer = Clusterer(graph, weights, job["kernels"], job["initialization"])
-    report = _fit(clusterer.model, _split(job["splits"]["train"]), job, config, emit)
+    report = _fit(clusterer.model, graph, _split(job["splits"]["train"]), job, config, emit)
     return {"training": report, "probe": _finish(job, graph, clusterer.weights())}
 
 
@@ -91,7 +91,7 @@ def quantize(job: dict, emit) -> dict:
     quantized = FakeQuantized(whole, own, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False))
     some = train.balanced(_CALIBRATION_BATCHES * 64)
     quantized.calibrate((images for images, _ in some.batches(spec, 64)), spec)
-    report = _fit(quantized.model, train, job, config, emit)
+    report = _fit(quantized.model, whole, train, job, config, emit)
     quantized.save(Path(job["quantized"]))
     probe = _finish(job, graph, norms.back(replaced, weights, quantized.weights()))
     return {
@@ -216,17 +216,20 @@ def _finish(job: dict, graph: neutral.Graph, weights: neutral.Weights) -> str:
     return job["weights"]
 
 
-def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=(), settled: int = 0) -> dict:
+def _fit(
+    model, graph: neutral.Graph, train: Split, job: dict, config: TrainConfig, emit, callbacks=(), settled: int = 0
+) -> dict:
     import tf_keras
 
     spec = InputSpec.from_dict(job["spec"])
     with ExitStack() as stack:
         hook = None
         if job.get("teachers"):
-            from tfopt.distillation.hook import distilling
+            from tfopt.distillation.hook import Lesson, learning
 
-            panel = [_teacher(facts) for facts in job["teachers"]]
-            hook, _ = stack.enter_context(distilling(model, panel, config.distill, spec, tf_keras))
+            panel, plan = [_teacher(facts) for facts in job["teachers"]], Lesson(**job["lesson"])
+            layers = _by_source(model, graph, plan.pairs)
+            hook = stack.enter_context(learning(layers, panel, panel[0].model.heard, plan, config.distill, spec))
         report = fit(
             model, train, _split(job["splits"]["validation"]), spec, config, keras=tf_keras,
             seed=job["seed"], loss_hook=hook, callbacks=callbacks, settled=settled,
@@ -235,11 +238,18 @@ def _fit(model, train: Split, job: dict, config: TrainConfig, emit, callbacks=()
     return report.to_dict()
 
 
-def _teacher(facts: dict) -> Loaded:
-    from tfopt.distillation.teachers import Loaded
-    from tfopt.tfmot.rebuild import build
+def _by_source(model, graph: neutral.Graph, names: Iterable[str]) -> dict:
+    """The layers that stand for those of the user's model, by their names there: the last part of each."""
+    own = {getattr(layer, "layer", layer).name: layer for layer in model.layers}
+    last = {node.source: node.name for node in graph.nodes}
+    return {name: own[last[name]] for name in names}
 
-    model, _ = build(*_model({"model": facts["path"]}))
+
+def _teacher(facts: dict) -> Loaded:
+    from tfopt.distillation.frozen import Thawed
+    from tfopt.distillation.teachers import Loaded
+
+    model = Thawed(Path(facts["path"]), facts["name"])
     return Loaded(facts["name"], model, InputSpec.from_dict(facts["spec"]), facts["weight"])
 
 
