@@ -394,8 +394,7 @@ class _hooked:
         def compute_loss(x=None, y=None, y_pred=None, sample_weight=None, training=True):
             plain = original(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
             whole = hook(x, y, y_pred, plain)
-            if container is not None:
-                mean = container.metrics[0]
+            for mean in getattr(container, "metrics", ())[:1]:
                 mean.total.assign_add((whole - plain) * tf.cast(tf.shape(y_pred)[0], mean.total.dtype))
             return whole
 
