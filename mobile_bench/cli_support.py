@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 import typer
 
@@ -13,6 +14,7 @@ from mobile_bench.errors import Problem
 INTERRUPTED = 130
 #: Whoever read the output has gone, as after `| head`. Click and Rich give the same.
 NOT_READ = 1
+_AGAIN_SECONDS = 0.05
 
 
 def run_app(app: typer.Typer) -> None:
@@ -25,6 +27,7 @@ def run_app(app: typer.Typer) -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    sys.unraisablehook = _not_swallowed
     if sys.stdout is None:
         print_problem(Problem("Standard output is closed: nobody would see the result", next_step="Leave out >&-"))
         sys.exit(Problem.exit_code)
@@ -66,6 +69,14 @@ def exit_code_of(app: typer.Typer) -> int:
 
 def _interrupt(*_) -> None:
     raise KeyboardInterrupt
+
+
+def _not_swallowed(unraisable) -> None:
+    """An interrupt that fell into a destructor or the like, where Python cannot raise it, comes again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def print_problem(problem: Problem, as_json: bool = False) -> None:

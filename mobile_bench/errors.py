@@ -17,6 +17,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NAMES_SHOWN = 40
+
 
 class Interrupted(KeyboardInterrupt):
     """A KeyboardInterrupt that brings what was measured before it; `kept` is what the raiser's docstring says."""
@@ -81,11 +83,12 @@ class JobFailed(Problem):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, error: type[Problem] = InputError) -> Problem:
-    """The error for a name that does not exist: near misses first, then all that do."""
-    known = sorted(known)
+    """The error for a name that does not exist: the near misses, and those that do, 40 of them at most."""
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else None
-    return error(f"There is no {kind} of that name", received=repr(name), allowed=", ".join(known), next_step=hint)
+    shown = ", ".join(known[:_NAMES_SHOWN]) + (f", … ({len(known)} in all)" if len(known) > _NAMES_SHOWN else "")
+    return error(f"There is no {kind} of that name", received=repr(name), allowed=shown, next_step=hint)
 
 
 def _sentence(text: str) -> str:

@@ -62,11 +62,13 @@ class Recipe:
         for number, step in enumerate(self.steps, 1):
             for prop, origin in carried.items():
                 if prop not in step.keeps:
+                    beside = step.name == "distill" and prop in (Property.SPARSE, Property.CLUSTERED)
+                    rides = f", or let it ride along: {origin}: {{train: {{distill: true}}}}" if beside else ""
                     raise RecipeError(
                         f"Recipe {self.name}: step {number} ({step.name}) would lose "
                         f"what {origin} gained: {prop.value}",
                         received=" > ".join(s.name for s in self.steps),
-                        next_step=f"Put {step.name} before {origin}, or leave one out",
+                        next_step=f"Put {step.name} before {origin}, or leave one out{rides}",
                     )
             carried.update(dict.fromkeys(step.adds, step.name))
         return frozenset(carried)
@@ -151,8 +153,6 @@ def _parse(text: str, origin: str) -> Recipe:
         name, settings = _step(entry, number, origin)
         try:
             steps.append(make(name, settings))
-        except RecipeError:
-            raise
         except Problem as problem:
             raise RecipeError(f"{origin}, step {number} ({name}): {problem}") from problem
     schemes = values.get("schemes", list(SCHEMES))

@@ -24,7 +24,7 @@ from mobile_bench import device, store
 from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.lock import held, lock_path
-from mobile_bench.records import StudyRecord, Target, Variant
+from mobile_bench.records import StepReport, StudyRecord, Target, Variant
 from tfopt import attest, convert, kept, residual, steps
 from tfopt.data import ImageData
 from tfopt.errors import ConversionError, InputError, Problem
@@ -167,6 +167,7 @@ def _run(plan: Plan, out: Path, say: OnEvent) -> store.Study:
                     say(Event("variant", model.name, variant, text="already there"))
             jobs = [(recipe, missing) for recipe, _, missing in jobs if missing]
             if jobs:
+                _check_files([recipe for recipe, _ in jobs])
                 work.append((_Workshop(plan, model, out, record, say), jobs))
     except BaseException:
         if new:
@@ -272,6 +273,7 @@ class _Workshop:
         validation = known.get("validation_top1")
         if validation is None or known.get("key") != model.key:
             validation = models.check_not_by_chance(self.loaded, self.data["validation"])
+        self.validation = validation
         facts = {
             "source": model.source, "spec_from": self.loaded.spec_from, "scaling": self.spec.scaling, "key": model.key,
             "validation_top1": validation, "parameters": self.base.parameters, "macs": self.base.macs,
@@ -318,8 +320,8 @@ class _Workshop:
                 self.steps_folder, key, step, result, self.spec, self.loaded.model, self.data, self.plan.seed,
                 keep=carried & step.keeps, callbacks=self.plan.callbacks, progress=report, limits=self.plan.limits,
             )  # fmt: skip
-            training = result.reports[-1].training or {}
-            self.say(Event("note", self.model.name, label, text=kept + _training_text(training)))
+            text = _step_text(result.reports[-1], self.validation)
+            self.say(Event("note", self.model.name, label, text=kept + text))
             carried = result.properties
         if Property.FAKE_QUANT not in carried:
             result.classes(self.spec, test, fingerprint)
@@ -327,11 +329,14 @@ class _Workshop:
 
     def _check(self, recipe: Recipe) -> None:
         """Raise what is known before any training not to work in a step that is still to be made."""
-        key = self.base.key
+        key, same_names = self.base.key, True
         for step in recipe.steps:
             key = steps.step_key(key, step, self.data, self.plan.seed)
             if steps.find(self.steps_folder, key) is None:
                 step.check(self.loaded.model, self.spec)
+                if same_names:
+                    step.check_layers(self.loaded.model, self.spec)
+            same_names = same_names and not step.renames
 
     def _kernels(self, result: steps.StepResult) -> list[kept.KernelWeights]:
         """The kernels whose zeros or clusters every file of this result must have; [] where it has none."""
@@ -510,6 +515,18 @@ class _whole_folder:
         return False
 
 
+def _check_files(recipes: Sequence[Recipe]) -> None:
+    """Raise InputError for a file that a step names and that is not there."""
+    for recipe in recipes:
+        for number, step in enumerate(recipe.steps, 1):
+            for name in step.files():
+                if not (name.startswith("keras:") or Path(name).expanduser().exists()):
+                    raise InputError(
+                        f"Recipe {recipe.name}, step {number} ({step.name}) names a file that is not there",
+                        received=name, next_step=f"Names are relative to {Path.cwd()}",
+                    )  # fmt: skip
+
+
 def _hash_path(path: Path) -> str:
     if path.is_file():
         return sha256_of(path)
@@ -527,13 +544,23 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _training_text(training: dict) -> str:
-    if not training:
-        return "done"
-    before = training.get("accuracy_before")
-    change = f"{before:.2%} -> " if before is not None else ""
-    seen = f"{training['steps']} steps, {training['images_seen']} images"
-    return f"{seen}, validation {change}{training['accuracy_after']:.2%}"
+def _step_text(report: StepReport, original: float) -> str:
+    """What a step cost and gave. original: the validation accuracy of the model before all steps."""
+    parts, training = [], report.training or {}
+    if training:
+        parts.append(f"{training['steps']} steps, {training['images_seen']} images")
+    costs = {
+        "parameters": (report.parameters_before, report.parameters_after),
+        "MACs": (report.macs_before, report.macs_after),
+    }
+    for what, (before, after) in costs.items():
+        if before and after != before:
+            parts.append(f"{what} to {after / before:.0%}")
+    if training:
+        before = training.get("accuracy_before")
+        change = f"{before:.2%} before training, " if before is not None else ""
+        parts.append(f"validation {change}{training['accuracy_after']:.2%} after it (the model's own {original:.2%})")
+    return "; ".join(parts) or "done"
 
 
 def _slug(name: str) -> str:

@@ -122,8 +122,19 @@ class Technique(abc.ABC):
             panel = riding.panel_of(self.train, model, spec, model.name, int(model.output_shape[-1]))
             features.check_teacher(panel[0].model, self.train.distill.pairs)
 
+    def check_layers(self, model: keras.Model, spec: InputSpec) -> None:  # noqa: B027 - most have nothing to check
+        """Raise a Problem for settings that do not fit the layers of a model, before any step is trained.
+
+        Called while the steps before have left the layers their names; channels may be fewer by then.
+        """
+
+    @property
+    def renames(self) -> bool:
+        """Whether the result's layers have other names than those of the model that the step gets."""
+        return False
+
     def files(self) -> tuple[str, ...]:
-        """Files whose content shapes the result: teachers, for one. A missing one is refused when the step runs."""
+        """Files whose content shapes the result: teachers, for one. A missing one is refused first of all."""
         distill = self.train.distill
         return tuple(teacher.path for teacher in distill.teachers) if distill else ()
 

@@ -341,6 +341,28 @@ def test_an_interrupt_exits_130_in_one_line(tiny):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs its signals")
+def test_an_interrupt_inside_a_destructor_is_not_lost():
+    code = """if True:
+        import os, signal, time, typer
+        from mobile_bench.cli_support import run_app
+        class Last:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+        app = typer.Typer()
+        @app.command()
+        def main():
+            last = Last()
+            del last
+            time.sleep(60)
+            print("went on")
+        run_app(app)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs its signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_an_end_by_signal_keeps_what_was_measured_and_leaves_no_folder(tiny, tmp_path, name):
     command = [sys.executable, "-m", "mobile_bench", "run", str(tiny.path("float32"))]

@@ -299,7 +299,7 @@ def test_included_and_excluded_layers():
     assert names(exclude=["DepthwiseConv2D"]) == ["after"]
     found = dependencies.analyze(model, exclude=["made"])
     assert dict(found.stays())["made"].kind == "excluded by the recipe"
-    with pytest.raises(InputError, match="No layer of the model fits the pattern"):
+    with pytest.raises(InputError, match="There is no layer, type or pattern"):
         names(exclude=["nowhere*"])
 
 

@@ -188,7 +188,7 @@ def test_ratios_by_name(chain):
     assert ratios == [0.5, 0.25]
     scores = importance.scores(found)
     assert len(choose.by_group(found, scores, ratios, 1)) == 8 + 8
-    with pytest.raises(InputError, match="No layer that can lose channels fits the pattern"):
+    with pytest.raises(InputError, match="There is no layer, or pattern of layers, that can lose"):
         choose.ratios_of(found, {"head": 0.5})
     with pytest.raises(InputError, match="The ratio of one is out of range"):
         choose.ratios_of(found, {"one": 2})

@@ -113,8 +113,8 @@ def test_refusals_come_before_any_training(digits, spec, trained, tmp_path, monk
     refused(monkeypatch)
     for technique, message in (
         (Narrow(exclude=("*",)), "No layer of the model can lose channels"),
-        (Narrow(exclude=("nowhere",)), "No layer of the model fits the pattern"),
-        (Narrow(layers={"nowhere": 0.5}), "No layer that can lose channels fits the pattern"),
+        (Narrow(exclude=("nowhere",)), "There is no layer, type or pattern"),
+        (Narrow(layers={"nowhere": 0.5}), "There is no layer, or pattern of layers, that can lose"),
         (Narrow(ratio=0.995), "would be left without a channel"),
         (Narrow(ratio=0.01), "No layer of the model loses a channel"),
         (Narrow(macs=0.001), "So few MACs cannot be reached"),
@@ -132,6 +132,7 @@ def test_refusals_come_before_any_training(digits, spec, trained, tmp_path, monk
     [
         ({"ratio": 1}, "ratio is out of range"), ({"ratio": -0.1}, "ratio is out of range"),
         ({"ratio": "half"}, "ratio is out of range"), ({"ratio": True}, "ratio is out of range"),
+        ({"ratio": 0.3, "macs": 0.5}, "more than one way"),
         ({"ratio": 0}, "removes no channel"), ({"macs": 0}, "macs is out of range"),
         ({"macs": 1}, "macs is out of range"), ({"importance": "l3"}, "no importance of that name"),
         ({"scope": "layer"}, "no scope of that name"), ({"multiple": 0}, "multiple is out of range"),

@@ -112,13 +112,18 @@ def test_features_are_learned_inside_simulated_int8(digits, spec, trained, tmp_p
 
 
 BROKEN = {
-    "a teacher that is not there": ("distill: {teachers: nowhere.keras}", "nowhere.keras"),
-    "a riding teacher that is not there": ("qat: {train: {distill: {teachers: nowhere.keras}}}", "nowhere.keras"),
     "other classes": ("qat: {train: {distill: {teachers: SEVEN}}}", "Teacher seven and student .* different classes"),
     "a student of other classes": ("distill: {student: SEVEN}", "seven.keras does not take this study's images"),
     "a layer of the teacher": ("distill: {hints: 1, pairs: {stem: stm}}", "Did you mean stem"),
     "a layer of the student": ("distill: {hints: 1, pairs: {stm: stem}}", "Did you mean stem"),
     "a riding layer of nobody": ("qat: {train: {distill: {hints: 1, pairs: {stem: stm}}}}", "Did you mean stem"),
+    "layers to prune": ("prune: {layers: {stm: 0.5}}", "Did you mean stem"),
+    "layers to cluster": ("cluster: {exclude: stm}", "Did you mean stem"),
+    "layers that stay float": ("qat: {exclude: [stm]}", "Did you mean stem"),
+    "layers to narrow": ("channels: {exclude: [stm]}", "Did you mean stem"),
+    "layers to factorize": ("factorize: {ranks: {stm: 4}}", "Did you mean stem"),
+    "a rank above the maximum": ("factorize: {ranks: {stem: 99}}", "rank of layer stem is out of range"),
+    "a ratio that leaves nothing": ("channels: {ratio: 0.999}", "left without a channel"),
     "a student of nobody": ("distill: {student: resnet9}", "Did you mean resnet8"),
 }
 
@@ -139,9 +144,21 @@ def test_what_cannot_work_is_refused_before_the_first_step_is_trained(
     assert re.search(words, entry.variant.reason), entry.variant.reason
 
 
+@pytest.mark.parametrize(
+    "step", ["distill: {teachers: nowhere.keras}", "distill: {student: nowhere.keras}",
+             "qat: {train: {distill: {teachers: nowhere.keras}}}", "channels: {latency: 0.5, table: nowhere.keras}"],
+)  # fmt: skip
+def test_a_file_that_is_not_there_is_refused_before_the_model_is_opened(step, digits, trained_file, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"name: r\nsteps:\n  - {step}\nschemes: [int8]\n")
+    name = step.split(":")[0]
+    with pytest.raises(InputError, match=rf"Recipe r, step 1 \({name}\) names a file that is not there.*nowhere"):
+        tfopt.run_study([trained_file], digits.limited(40, 20), [tmp_path / "r.yaml"], out=tmp_path / "out")
+    assert not (tmp_path / "out" / "study.json").exists()
+
+
 def test_a_chain_that_would_lose_zeros_is_refused_by_name():
     zeros = make("prune", {})
-    with pytest.raises(RecipeError, match="would lose what prune gained"):
+    with pytest.raises(RecipeError, match=r"would lose what prune .* ride along: prune: \{train: \{distill"):
         Recipe("r", (zeros, make("distill", {"student": "self"})))
     Recipe("r", (make("distill", {"student": "self"}), make("prune", {"train": {"steps": 1, "distill": True}})))
 

@@ -159,6 +159,8 @@ def test_contradictions_are_refused(values, words):
     ("values", "words"),
     [
         ({"ranks": {"stage3_block1_conv2": 9999}}, "stage3_block1_conv2"),
+        ({"ranks": {"stem": [4, 4]}, "method": "channel"}, "one number, 1 to 8, for channel"),
+        ({"ranks": {"stem": 2}, "exclude": ["stem"]}, "Layer stem has no rank to set: excluded"),
         ({"ranks": {"stge3": 4}}, "layer with a kernel"), ({"exclude": ["nothing*"]}, "layer with a kernel"),
         ({"keep": "faster", "target": "nowhere"}, "target"),
     ],

@@ -76,10 +76,7 @@ def ratios_of(found: Dependencies, ratios: Mapping[str, float], default: float =
     for pattern, ratio in ratios.items():
         check_ratio(ratio, f"The ratio of {pattern}")
         if not fnmatch.filter(names, pattern):
-            raise InputError(
-                "No layer that can lose channels fits the pattern", received=repr(pattern),
-                allowed=", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else ""),
-            )  # fmt: skip
+            raise unknown_name("layer, or pattern of layers, that can lose channels", pattern, names)
     given = lambda group: [ratio for pattern, ratio in ratios.items() if fnmatch.filter(group.layers, pattern)]
     return [min(given(group), default=default) for group in found.groups]
 

@@ -21,7 +21,7 @@ import numpy as np
 from tfopt.channels import kernels, operations, shapes, values  # noqa: F401 - importing them fills the table of rules
 from tfopt.channels.ids import EXCLUDED, FIRST_OR_LAST, SHAPE, UNSUPPORTED, Ids, Keep, Label, Reason
 from tfopt.channels.rules import by_channel, find, opaque
-from tfopt.errors import InputError, ModelRefused
+from tfopt.errors import ModelRefused, unknown_name
 from tfopt.fixes.rebuild import View, check_names, graph_of, nodes_of
 
 
@@ -121,10 +121,8 @@ def analyze(model: keras.Model, *, include: Iterable[str] = (), exclude: Iterabl
     check_names(view)
     for pattern in (*include, *exclude):
         if not any(matches(node.operation, (pattern,)) for node in view.nodes):
-            raise InputError(
-                "No layer of the model fits the pattern", received=repr(pattern),
-                next_step="Give names of layers, with * for any text, or a type such as DepthwiseConv2D",
-            )  # fmt: skip
+            names = [name for node in view.nodes for name in (node.operation.name, type(node.operation).__name__)]
+            raise unknown_name("layer, type or pattern of layers", pattern, names)
     return Walk(include, exclude).run(model)
 
 

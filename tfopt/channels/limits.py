@@ -11,10 +11,10 @@ DEFAULT_RATIO = 0.3
 SCHEMES, _MOST_THREADS = ("float32", "int8"), 256
 
 
-def check_ratio(ratio: object, what: str = "ratio") -> None:
+def check_ratio(ratio: object, what: str = "ratio", *, allowed: str = "0 to below 1") -> None:
     """Raise InputError for what is no share of channels that can go."""
     if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 <= ratio < 1):
-        raise InputError(f"{what} is out of range", received=repr(ratio), allowed="0 to below 1")
+        raise InputError(f"{what} is out of range", received=repr(ratio), allowed=allowed)
 
 
 def check_latency(asked) -> None:

@@ -146,7 +146,8 @@ class Factorable:
         if any(not 1 <= one <= most for one, most in zip(ranks, full)) or len(ranks) != len(full):
             raise InputError(
                 f"The rank of layer {self.name} is out of range", received=", ".join(map(str, ranks)),
-                allowed=" and ".join(f"1 to {most}" for most in full) + f" for {method}",
+                allowed=("one number, " if len(full) == 1 else "two numbers, ")
+                + " and ".join(f"1 to {most}" for most in full) + f", for {method}",
             )  # fmt: skip
         by_data = method == "channel" and self.answers is not None
         bias = self._bias()
@@ -300,7 +301,7 @@ def refused(layer, shapes: list[tuple[tuple, tuple]]) -> Skip | None:
     if isinstance(layer, kinds.DepthwiseConv2D):
         if layer.strides != (1, 1):
             return Skip(
-                layer.name, reason, "a depthwise convolution with strides: TensorFlow has none of unequal steps"
+                layer.name, reason, "a depthwise convolution with strides, which a chain needs unequal in its two parts"
             )
         if min(layer.kernel_size) < 2 or layer.depth_multiplier != 1:
             return Skip(layer.name, reason, "a depthwise convolution of one row or with a multiplier")

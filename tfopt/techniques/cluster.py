@@ -109,6 +109,9 @@ class Cluster(Technique):
             notes=client.notes(trained),
         )
 
+    def check_layers(self, model, spec) -> None:
+        self._choose(model)
+
     def _choose(self, model) -> tuple[list[Kernel], list[Skip]]:
         from tfopt.tfmot import kernels as choice
 

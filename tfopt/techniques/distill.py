@@ -94,6 +94,10 @@ class Distill(Technique):
         own += self._channels().files() if self.student == "channels" else ()
         return (*own, *(teacher.path for teacher in self.teachers))
 
+    @property
+    def renames(self) -> bool:
+        return self.student not in ("self", "channels")
+
     def check(self, model: keras.Model, spec: InputSpec) -> None:
         from tfopt.distillation import features, hook, students, teachers
 

@@ -112,6 +112,17 @@ class Factorize(Technique):
                         f"The rank of {layer} is no whole number above 0", received=repr(value), allowed="1 and above"
                     )
 
+    @property
+    def renames(self) -> bool:
+        return True
+
+    def check_layers(self, model, spec) -> None:
+        from tfopt.lowrank import layers as kinds
+
+        for layer in (kinds.Factorable(*layer) for layer in self._chosen(model)[0]):
+            if self._own_rank(layer) is not None:
+                self._at_own_rank(layer)
+
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras
 
@@ -128,7 +139,6 @@ class Factorize(Technique):
             for part in parts:
                 thinner.get_layer(part.name).set_weights(part.weights)
         training.recalibrate(thinner, context.data["train"], spec, keras=keras)
-        before_training = training.accuracy(thinner, context.data["validation"].balanced(1000), spec)
         with riding(self.train, thinner, context, spec) as ride:
             report = training.fit(
                 thinner, context.data["train"], context.data["validation"], spec, self.train, keras=keras,
@@ -151,7 +161,7 @@ class Factorize(Technique):
                 "methods": {name: candidate.method for name, candidate in choice.candidates.items()},
                 "errors": {name: round(candidate.error, 6) for name, candidate in choice.candidates.items()},
                 "times": {name: vars(timed) for name, timed in choice.times.items()},
-                "accuracy_before_training": before_training,
+                "accuracy_before_training": report.accuracy_before,
             },
             notes=(*self._notes(choice), *ride.notes(report.accuracy_after)),
         )
@@ -171,13 +181,25 @@ class Factorize(Technique):
 
     def _layers(self, optimized: OptimizedModel, context: Context) -> tuple[list[Factorable], list[Skip]]:
         """What can be decomposed, and why the others cannot."""
-        from tfopt.graph import calls
         from tfopt.lowrank import layers as kinds
         from tfopt.lowrank import moments
 
+        chosen, skipped = self._chosen(optimized.model)
+        answers = {}
+        if self.data:
+            known = [layer for layer, _ in chosen if not kinds.is_depthwise(layer)]
+            images = context.data["train"].balanced(self.images)
+            answers = moments.answers(optimized.model, known, images, optimized.spec)
+        return [kinds.Factorable(layer, seen, answers.get(layer.name)) for layer, seen in chosen], skipped
+
+    def _chosen(self, model) -> tuple[list[tuple], list[Skip]]:
+        """(layer, its shapes) of what can be decomposed, and why the others cannot; refuses names that fit nothing."""
+        from tfopt.graph import calls
+        from tfopt.lowrank import layers as kinds
+
         shapes: dict[int, list] = {}
         found = {}
-        for operation, before, after in calls(optimized.model):
+        for operation, before, after in calls(model):
             if operation.weights if hasattr(operation, "weights") else False:
                 shapes.setdefault(id(operation), []).append((before, after))
                 found[id(operation)] = operation
@@ -192,12 +214,8 @@ class Factorize(Technique):
                 skipped.append(skip)
             elif key in with_kernel:
                 chosen.append((layer, shapes[key]))
-        answers = {}
-        if self.data:
-            known = [layer for layer, _ in chosen if not kinds.is_depthwise(layer)]
-            images = context.data["train"].balanced(self.images)
-            answers = moments.answers(optimized.model, known, images, optimized.spec)
-        return [kinds.Factorable(layer, seen, answers.get(layer.name)) for layer, seen in chosen], skipped
+        self._check_ranked([layer for layer, _ in chosen], skipped)
+        return chosen, skipped
 
     def _check_names(self, layers: list) -> None:
         names = [layer.name for layer in layers]
@@ -208,6 +226,18 @@ class Factorize(Technique):
         for pattern in self.exclude:
             if pattern not in types and not fnmatch.filter(names, pattern):
                 raise unknown_name("layer with a kernel", pattern, [*names, *types])
+
+    def _check_ranked(self, chosen: list, skipped: list[Skip]) -> None:
+        """Raise InputError where a rank is asked for and no layer can have it."""
+        names = [layer.name for layer in chosen]
+        for pattern, value in self.ranks.items():
+            if fnmatch.filter(names, str(pattern)):
+                continue
+            why = next(skip for skip in skipped if fnmatch.fnmatch(skip.layer, str(pattern)))
+            raise InputError(
+                f"Layer {why.layer} has no rank to set: {why.detail or why.reason}", received=f"{pattern}: {value}",
+                next_step="Take it out of ranks",
+            )  # fmt: skip
 
     def _excluded(self, layer) -> bool:
         return any(pattern == type(layer).__name__ or fnmatch.fnmatch(layer.name, pattern) for pattern in self.exclude)

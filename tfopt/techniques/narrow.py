@@ -81,9 +81,14 @@ class Narrow(Technique):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
         check_latency(self)
-        if self.ratio is None and not self._timed:
+        if self.ratio is not None and self.macs is not None:
+            raise InputError(
+                "How many channels go is said in more than one way", received="ratio and macs", allowed="one of them",
+                next_step="Leave the other out",
+            )  # fmt: skip
+        if self.ratio is None and self.macs is None and not self._timed:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
-        check_ratio(self.ratio or 0.0)
+        check_ratio(self.ratio or 0.0, allowed="above 0, below 1")
         if not isinstance(self.layers, dict):
             raise InputError("layers is not a table of ratios", received=repr(self.layers), allowed="{LAYER: RATIO}")
         for layer, ratio in self.layers.items():
@@ -109,6 +114,11 @@ class Narrow(Technique):
 
     def files(self) -> tuple[str, ...]:
         return (*super().files(), self.table) if self.table else super().files()
+
+    def check_layers(self, model, spec) -> None:
+        found = self._analyze(model)
+        if not self._timed:  # a table of latencies is for the model as it will be
+            _Plan(self, found, spec).check()
 
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         import keras

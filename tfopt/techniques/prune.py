@@ -196,6 +196,9 @@ class Prune(Technique):
             notes=tuple(notes),
         )
 
+    def check_layers(self, model, spec) -> None:
+        self._choose(model)
+
     def _choose(self, model) -> tuple[list[Kernel], list[Skip]]:
         """The kernels to prune and the layers left alone; refuses names that fit nothing, and an empty choice."""
         from tfopt.tfmot import kernels as choice

@@ -51,6 +51,14 @@ class QuantizeAware(Technique):
         if not isinstance(self.strict, bool):
             raise InputError("strict is neither true nor false", received=repr(self.strict))
 
+    def check_layers(self, model, spec) -> None:
+        from tfopt.tfmot import foresight, kernels
+
+        if self.exclude:
+            kernels.left_out(model, self.exclude)
+        if self.strict:
+            foresight.check(foresight.foresee(model, spec, self.exclude), self.exclude)
+
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         from tfopt.graph import count_macs, count_parameters
         from tfopt.tfmot import client, foresight, kernels
