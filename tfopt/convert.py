@@ -26,6 +26,7 @@ from mobile_bench.jobs import run_job, serve
 from mobile_bench.metadata import METADATA_KEY
 from mobile_bench.profile import layers_of
 from tfopt import calibration as calibrating
+from tfopt import constants
 from tfopt.data.splits import Split
 from tfopt.errors import ConversionError, JobFailed, ModelError, Problem
 from tfopt.schemes import Scheme, parse
@@ -74,7 +75,7 @@ def convert(
     model_file: Path, spec: InputSpec, schemes: Sequence[str], out: Path, *,
     calibration: Split | np.ndarray | None = None, work: Path, trust: bool = False,
     calibration_images: int | str | None = None, ranges: str = "minmax",
-    validation: Split | np.ndarray | None = None, seed: int = 0, hybrid: bool = False,
+    validation: Split | np.ndarray | None = None, seed: int = 0, hybrid: bool = False, frozen: Path | None = None,
 ) -> list[Converted]:  # fmt: skip
     """Convert a .keras file into OUT/SCHEME.tflite for each scheme.
 
@@ -82,7 +83,8 @@ def convert(
     with Keras. calibration_images: how many, class-balanced, 'auto' until the ranges settle, None for all. ranges: see
     tfopt.calibration; 'best' needs `validation` images to choose by. work: a folder for the job's files. A scheme that
     the converter refuses, crashes on or leaves partly in float (unless `hybrid`) is reported as failed, and the others
-    are still made. The files take one image, (1, height, width, channels), and carry `spec` under the key 'tfopt'.
+    are still made. frozen: what `freeze` wrote of the model, which is done here where it has classes of its own. The
+    files take one image, (1, height, width, channels), and carry `spec` under the key 'tfopt'.
     """
     check_schemes(schemes)
     calibrating.check_options(calibration_images, ranges)
@@ -95,8 +97,13 @@ def convert(
     job = {
         "model": str(Path(model_file).resolve()), "out": str(Path(out).resolve()), "spec": spec.to_dict(),
         "trust": trust, "count": calibration_images, "ranges": ranges, "hybrid": hybrid, "calibration": None,
-        "validation": None,
+        "validation": None, "frozen": None,
     }  # fmt: skip
+    try:
+        frozen = frozen or freeze(Path(model_file), spec, Path(work) / "frozen.npz")
+    except ConversionError as problem:
+        return [Converted(scheme, None, str(problem)) for scheme in schemes]
+    job["frozen"] = str(frozen.resolve()) if frozen else None
     if calibration is not None and len(calibration):
         limit = calibration_images if needed else CHECK_IMAGES
         job["calibration"] = _saved(calibrating.choose(calibration, spec, limit, seed), work, "calibration")
@@ -126,6 +133,34 @@ def convert(
                 path = None if facts["reason"] else Path(out) / f"{scheme}.tflite"
                 outcomes[scheme] = Converted(scheme, path, **{**facts, "notes": tuple(facts.get("notes", ()))})
     return [outcomes[scheme] for scheme in schemes]
+
+
+def freeze(model_file: Path, spec: InputSpec, path: Path) -> Path | None:
+    """Write a model of one image as constants, for a process without its classes; None where they are all Keras's.
+
+    Raises ConversionError for weights that are not finite, and where its state cannot become constants.
+    """
+    from tfopt import modelfiles
+
+    if not modelfiles.has_own_classes(model_file):
+        return None
+    import keras
+    import tensorflow as tf
+
+    model = keras.saving.load_model(model_file, compile=False, safe_mode=False)
+    _check_weights(model)
+    image = tf.TensorSpec((1, *spec.shape), tf.float32)
+    call = tf.function(lambda image: model(image, training=False), autograph=False)
+    try:
+        arrays = constants.frozen(call.get_concrete_function(image))
+    except (ValueError, NotImplementedError, tf.errors.OpError) as error:
+        raise ConversionError(
+            "A layer of the model's own keeps state that cannot be exported", received=str(error).splitlines()[0],
+            next_step="Keep in the layer nothing but weights",
+        ) from error  # fmt: skip
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    return path
 
 
 def _saved(images: np.ndarray, work: Path, name: str) -> str:
@@ -397,19 +432,24 @@ def _child(job: dict, emit) -> dict:
     import tensorflow as tf
 
     spec = InputSpec.from_dict(job["spec"])
-    # The parent has already refused foreign code, or the user has said that it is trusted.
-    if job["trust"]:
-        keras.config.enable_unsafe_deserialization()
-    model = keras.saving.load_model(job["model"], compile=False)
-    _check_weights(model)
-    loaded = lambda name: np.load(job[name], allow_pickle=False) if job[name] else None
-    images = loaded("calibration")
     # A batch of one, fixed: delegates refuse dynamic shapes.
     image = tf.TensorSpec((1, *spec.shape), tf.float32, name="image")
-    graph = tf.function(lambda image: model(image, training=False)).get_concrete_function(image)
     # Given the Keras model itself, the converter would first save it whole, every layer traced anew.
     owner = tf.Module()
-    owner.kept = [weight.value for weight in model.weights]
+    if job["frozen"]:
+        with np.load(job["frozen"], allow_pickle=False) as arrays:
+            answer = constants.thawed(arrays["graph"], arrays["ends"])
+        graph = tf.function(lambda image: answer(image)[0]).get_concrete_function(image)
+    else:
+        # The parent has already refused foreign code, or the user has said that it is trusted.
+        if job["trust"]:
+            keras.config.enable_unsafe_deserialization()
+        model = keras.saving.load_model(job["model"], compile=False)
+        _check_weights(model)
+        graph = tf.function(lambda image: model(image, training=False)).get_concrete_function(image)
+        owner.kept = [weight.value for weight in model.weights]
+    loaded = lambda name: np.load(job[name], allow_pickle=False) if job[name] else None
+    images = loaded("calibration")
     maker = _Maker(tf, graph, owner, spec, images, job["count"], job["ranges"])
     maker.validation = loaded("validation")
     check = _Check(graph, images, spec, job["hybrid"])

@@ -135,6 +135,14 @@ def _foreign(config: dict) -> Iterator[dict]:
             yield entry
 
 
+def has_own_classes(path: Path) -> bool:
+    """Whether a .keras file has layers that are not Keras's: only who has registered their classes can load it."""
+    return any(
+        not _is_keras(entry) and entry.get("class_name") not in ("Lambda", "__lambda__", "function")
+        for entry in _walk({key: value for key, value in _read_keras(path)[0].items() if key != "compile_config"})
+    )
+
+
 def _walk(value) -> Iterator[dict]:
     """Every object in a configuration, however deep; written without recursion, for it may be very deep."""
     waiting = [value]

@@ -294,11 +294,13 @@ class _Workshop:
                 for recipe, schemes in jobs:
                     try:
                         result = self._follow(recipe)
+                        # What needs Keras is made here, in the one thread that uses it.
+                        ready = self._kernels(result), self._frozen(result)
                     except Exception as error:  # noqa: BLE001 - one recipe's failure must not end the study
                         for scheme in schemes:
                             self._fail(recipe, scheme, error)
                         continue
-                    exports.append(exporter.submit(self._export, recipe, result, schemes, self._kernels(result)))
+                    exports.append(exporter.submit(self._export, recipe, result, schemes, *ready))
                 for export in exports:
                     export.result()
             finally:
@@ -343,9 +345,17 @@ class _Workshop:
         carried = {Property.SPARSE, Property.CLUSTERED} & result.properties
         return kept.kernels(result.open(self.spec).model) if carried else []
 
-    def _export(self, recipe: Recipe, result: steps.StepResult, schemes: list[str], kernels: list) -> None:
+    def _frozen(self, result: steps.StepResult) -> Path | None:
+        """The model as constants, where it has classes that the converter's process has not."""
+        if Property.FAKE_QUANT in result.properties:
+            return None
+        return convert.freeze(result.model_file, self.spec, self.work / f"{result.key}.npz")
+
+    def _export(
+        self, recipe: Recipe, result: steps.StepResult, schemes: list[str], kernels: list, frozen: Path | None
+    ) -> None:
         self.say(Event("convert", self.model.name, recipe.name, total=len(schemes)))
-        for converted in self._convert(result, schemes):
+        for converted in self._convert(result, schemes, frozen):
             try:
                 if converted.path is None:
                     raise ConversionError(converted.reason)
@@ -353,13 +363,13 @@ class _Workshop:
             except Exception as error:  # noqa: BLE001 - the other schemes go on
                 self._fail(recipe, converted.scheme, error)
 
-    def _convert(self, result: steps.StepResult, schemes: list[str]) -> list[convert.Converted]:
+    def _convert(self, result: steps.StepResult, schemes: list[str], frozen: Path | None) -> list[convert.Converted]:
         folder = self.work / result.key
         folder.mkdir(exist_ok=True)
         if Property.FAKE_QUANT not in result.properties:
             return convert.convert(
                 result.model_file, self.spec, schemes, folder, calibration=self.data["calibration"], work=folder,
-                trust=self.plan.trust,
+                trust=self.plan.trust, frozen=frozen,
             )  # fmt: skip
         from tfopt.tfmot import client
 

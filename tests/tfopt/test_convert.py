@@ -16,6 +16,8 @@ from tfopt import convert, models, training
 from tfopt.errors import ConversionError, JobFailed, ModelError
 from tfopt.schemes import parse
 
+from .own_layers import Scaled
+
 #: a scheme -> the type of its input and output, and of its kernels.
 TYPES = {
     "float32": ("float32", "float32"), "float16": ("float32", "float16"), "dynamic": ("float32", "int8"),
@@ -434,3 +436,16 @@ def test_python_exports_a_model_in_memory(trained, digits, tmp_path):
     assert done.path == tmp_path / "int8.tflite" and done.agreement >= 0.9
     with pytest.raises(ConversionError, match="needs images"):
         tfopt.export(trained.model, ["int8"], tmp_path)
+
+
+def test_layers_of_the_users_own_are_exported_without_their_class(digits, trained, tmp_path):
+    image = keras.Input(trained.spec.shape)
+    x = Scaled(0.1, name="own")(keras.layers.Conv2D(4, 3, activation="relu")(image))
+    model = keras.Model(image, keras.layers.Dense(10, activation="softmax")(keras.layers.GlobalMaxPooling2D()(x)))
+    model.get_layer("own").set_weights([np.array([1, 2, 3, 4])])
+    models.save(model, tmp_path / "own.keras", trained.spec)
+    made = convert_all(
+        tmp_path / "own.keras", trained.spec, ["float32", "int8"], tmp_path, calibration=digits["calibration"]
+    )
+    assert made["float32"].difference < 1e-5 and made["float32"].agreement == 1, made["float32"].reason
+    assert made["int8"].within_tolerance, made["int8"].reason

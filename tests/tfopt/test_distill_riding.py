@@ -123,6 +123,8 @@ BROKEN = {
     "layers to narrow": ("channels: {exclude: [stm]}", "Did you mean stem"),
     "layers to factorize": ("factorize: {ranks: {stm: 4}}", "Did you mean stem"),
     "a rank above the maximum": ("factorize: {ranks: {stem: 99}}", "rank of layer stem is out of range"),
+    "a target that is none": ("channels: {latency: 0.5, target: 'ssh:/pi'}", "ssh:/pi"),
+    "a target of factors": ("factorize: {keep: faster, target: nowhere}", "nowhere"),
     "a ratio that leaves nothing": ("channels: {ratio: 0.999}", "left without a channel"),
     "a student of nobody": ("distill: {student: resnet9}", "Did you mean resnet8"),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from mobile_bench.files import atomic_path
 from mobile_bench.inputs import InputSpec
+from tfopt import constants
 from tfopt.errors import ModelRefused
 
 #: Both processes run the same kernels, but may share the work among threads otherwise.
@@ -27,7 +28,6 @@ def freeze(model, spec: InputSpec, path: Path, layers: Sequence[str] = ()) -> No
     Raises ModelRefused where TensorFlow cannot make constants of its state.
     """
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     from tfopt.distillation import features
     from tfopt.distillation.losses import logits_of
@@ -41,7 +41,7 @@ def freeze(model, spec: InputSpec, path: Path, layers: Sequence[str] = ()) -> No
 
     call = tf.function(answer, input_signature=signature, autograph=False)
     try:
-        constant = convert_variables_to_constants_v2(call.get_concrete_function(), lower_control_flow=False)
+        graph = constants.frozen(call.get_concrete_function())
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
         raise ModelRefused(
             f"Teacher {model.name} keeps state that no other process can have", received=str(error).splitlines()[0],
@@ -50,8 +50,7 @@ def freeze(model, spec: InputSpec, path: Path, layers: Sequence[str] = ()) -> No
     pixels = np.random.default_rng(0).integers(0, 256, (_PROBE_IMAGES, *spec.shape), np.uint8)
     images = spec.normalize(pixels)
     arrays = {
-        "graph": np.frombuffer(constant.graph.as_graph_def().SerializeToString(), np.uint8),
-        "ends": np.array([tensor.name for tensor in (constant.inputs[0], *constant.outputs)]),
+        **graph,
         "features": np.array(list(layers), dtype=str),
         "images": images,
         "outputs": np.asarray(call(tf.constant(images))[0], np.float32),
@@ -71,13 +70,10 @@ class Thawed:
         import tensorflow as tf
 
         with np.load(path, allow_pickle=False) as arrays:
-            content, (source, *ends) = arrays["graph"].tobytes(), map(str, arrays["ends"])
+            self._answer = constants.thawed(arrays["graph"], arrays["ends"])
             self._layers = list(map(str, arrays["features"]))
             images, expected = arrays["images"], arrays["outputs"]
         self.name, self.heard = name, {}
-        definition = tf.compat.v1.GraphDef.FromString(content)
-        wrapped = tf.compat.v1.wrap_function(lambda: tf.compat.v1.import_graph_def(definition, name=""), [])
-        self._answer = wrapped.prune(source, ends)
         difference = float(np.max(np.abs(self(tf.constant(images)).numpy() - expected)))
         if not difference <= _TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
             raise ModelRefused(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobile_bench.inputs import InputSpec
-from tfopt.errors import ModelRefused
+from tfopt.errors import ModelRefused, Problem
 
 if TYPE_CHECKING:
     import keras
@@ -21,7 +21,10 @@ def from_file(path: str, classes: int, spec: InputSpec) -> tuple[keras.Model, li
     """
     from tfopt import models
 
-    loaded = models.load(path)
+    try:
+        loaded = models.load(path)
+    except Problem as problem:
+        raise ModelRefused(f"The student {path} cannot be used: {problem}") from problem
     own = loaded.spec
     given = (own.shape, own.head, int(loaded.model.output_shape[-1]))
     if given != (spec.shape, spec.head, classes):

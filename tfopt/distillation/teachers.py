@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mobile_bench.inputs import InputSpec
-from tfopt.errors import ModelRefused
+from tfopt.errors import ModelRefused, Problem
 
 if TYPE_CHECKING:
     from tfopt.distillation.settings import Distillation
@@ -36,7 +36,10 @@ def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
         return [Loaded(own.name, own, spec)]
     found = []
     for teacher in settings.teachers:
-        loaded = models.load(teacher.path, input_spec=teacher.input_spec)
+        try:
+            loaded = models.load(teacher.path, input_spec=teacher.input_spec)
+        except Problem as problem:
+            raise ModelRefused(f"Teacher {teacher.path} cannot be used: {problem}") from problem
         note = models.assumption(loaded).removeprefix("warning: ")
         found.append(Loaded(loaded.name, loaded.model, loaded.spec, teacher.weight, note))
     names = [teacher.name for teacher in found]

@@ -58,7 +58,7 @@ class Search:
             raise ModelRefused(
                 "So little time cannot be reached by removing channels", received=f"{budget:.4g}{unit}",
                 allowed=f"{self._total(least):.4g}{unit} and more",
-                next_step="Exclude fewer layers, lower multiple, or ask for less",
+                next_step="Exclude fewer layers, lower multiple, or allow more time",
             )  # fmt: skip
         best = self._bisect(budget, least)
         best = self._linearized(best, budget)

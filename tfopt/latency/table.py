@@ -135,7 +135,7 @@ class Table:
         if lacking:
             shown = "; ".join(lacking[:2]) + ("; …" if len(lacking) > 2 else "")
             raise InputError(
-                f"The latency table is of another model, {self.model}, without some of the layers", received=shown,
+                f"The latency table is of another model, {self.model}, without some kinds of layers", received=shown,
                 next_step=f"Measure this one: {AGAIN}",
             )  # fmt: skip
 
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Table:
         raise InputError(
             "The latency table cannot be read",
             received=f"{path} ({error})",
-            next_step="Measure one: tfopt latency MODEL",
+            next_step=f"Measure one: tfopt latency MODEL --out {path}",
         ) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InputError("The file is no latency table", received=path, next_step="Measure one: tfopt latency MODEL")

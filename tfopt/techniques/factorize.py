@@ -18,6 +18,7 @@ from tfopt.technique import Context, OptimizedModel, Property, Technique, regist
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
+    from tfopt.latency.micro import Place
     from tfopt.lowrank.layers import Candidate, Factorable
     from tfopt.lowrank.search import Choice
 
@@ -115,6 +116,11 @@ class Factorize(Technique):
     @property
     def renames(self) -> bool:
         return True
+
+    def check(self, model, spec) -> None:
+        super().check(model, spec)
+        if self.keep in ("faster", "smaller") or self.latency is not None:
+            self._place().found()
 
     def check_layers(self, model, spec) -> None:
         from tfopt.lowrank import layers as kinds
@@ -255,10 +261,9 @@ class Factorize(Technique):
     def _choose(self, model, layers: list[Factorable], folder: Path, context: Context) -> tuple[Choice, list[Skip]]:
         """The candidates that stay, and the layers for which there is none, with the reason."""
         from tfopt.graph import count_macs
-        from tfopt.latency.micro import Place
         from tfopt.lowrank import search
 
-        place = Place(self.target, self.scheme, self.threads)
+        place = self._place()
         if self.keep in ("faster", "smaller") or self.latency is not None:
             place.found()  # a target that is none is refused before anything is computed
         tell = lambda done, total, what: (
@@ -296,6 +301,11 @@ class Factorize(Technique):
                     dropped.append(Skip(name, "not faster on the target", timed.text()))
                     del choice.candidates[name]
         return choice, dropped
+
+    def _place(self) -> Place:
+        from tfopt.latency.micro import Place
+
+        return Place(self.target, self.scheme, self.threads)
 
     def _drop(
         self, layers: list[Factorable], choice: Choice, fixed: list[str], dropped: list[Skip]

@@ -115,6 +115,13 @@ class Narrow(Technique):
     def files(self) -> tuple[str, ...]:
         return (*super().files(), self.table) if self.table else super().files()
 
+    def check(self, model, spec) -> None:
+        super().check(model, spec)
+        if self._timed:
+            from tfopt.latency.micro import Place
+
+            Place(self.target or "local").found()
+
     def check_layers(self, model, spec) -> None:
         found = self._analyze(model)
         if not self._timed:  # a table of latencies is for the model as it will be
