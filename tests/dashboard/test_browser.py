@@ -136,6 +136,7 @@ def test_it_fits_a_phone(browser, url, color_scheme):
         _is_well(page)
 
 
+@pytest.mark.slow
 def test_the_page_follows_a_study_that_is_being_made(browser, tmp_path):
     add_variant(tmp_path, "m", "baseline", "float32", 9000, 4000, 1.0)
     names = ("m/baseline-float32", "m/baseline-int8")

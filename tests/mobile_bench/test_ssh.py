@@ -709,6 +709,7 @@ def bench_there(board, monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_compiled_file_is_gated_there(bench_there, board, adder, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (400, 1, 1, 3), np.uint8)
     np.savez(tmp_path / "sample.npz", images=images, labels=images.reshape(400, 3).argmax(1).astype(np.int32))

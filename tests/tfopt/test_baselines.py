@@ -63,6 +63,7 @@ def test_baselines_are_chosen_by_their_classes():
     assert baselines.for_classes(demo.baselines_folder(), ("cat", "dog")) == []
 
 
+@pytest.mark.slow
 def test_data_with_other_classes_gets_a_new_head_and_says_so(digits, monkeypatch, tmp_path):
     monkeypatch.setenv("TFOPT_CACHE", str(tmp_path))
     monkeypatch.setitem(demo.ADAPTATION, "steps", 12)

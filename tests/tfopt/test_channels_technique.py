@@ -56,19 +56,19 @@ def test_rounds_end_where_one_cut_does_and_share_the_training(digits, spec, trai
     seen = []
     progress = lambda step, steps, facts: seen.append((step, steps))
     once, _ = apply(Narrow(ratio=0.5, train=SHORT), trained, digits, spec, tmp_path)
-    technique = Narrow(ratio=0.5, rounds=3, train=dataclasses.replace(SHORT, steps=8))
-    thrice, report = apply(technique, trained, digits, spec, tmp_path, progress=progress)
-    assert thrice.model.count_params() == pytest.approx(once.model.count_params(), rel=0.15)
+    technique = Narrow(ratio=0.5, rounds=2, train=dataclasses.replace(SHORT, steps=5))
+    twice, report = apply(technique, trained, digits, spec, tmp_path, progress=progress)
+    assert twice.model.count_params() == pytest.approx(once.model.count_params(), rel=0.15)
     rounds = report.properties["rounds"]
-    assert len(rounds) == 3
-    assert rounds[0]["parameters"] > rounds[1]["parameters"] >= rounds[2]["parameters"] == report.parameters_after
-    assert report.training["steps"] == 8 and [row["step"] for row in report.training["history"]] == [2, 5, 8]
-    assert [step for step, _ in seen] == sorted(step for step, _ in seen) and {steps for _, steps in seen} == {8}
+    assert len(rounds) == 2
+    assert rounds[0]["parameters"] > rounds[1]["parameters"] == report.parameters_after
+    assert report.training["steps"] == 5 and [row["step"] for row in report.training["history"]] == [2, 5]
+    assert [step for step, _ in seen] == sorted(step for step, _ in seen) and {steps for _, steps in seen} == {5}
     before, after = report.properties["channels"]["stage3_block1_conv1"]
     assert after == before // 2
 
 
-@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("scope", ["uniform", pytest.param("global", marks=pytest.mark.slow)])
 def test_a_number_of_macs(digits, spec, trained, tmp_path, scope):
     technique = Narrow(macs=0.5, scope=scope, importance="taylor", multiple=2, rounds=2, train=SHORT)
     _, report = apply(technique, trained, digits, spec, tmp_path)

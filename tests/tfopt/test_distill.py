@@ -150,7 +150,7 @@ def test_a_student_made_of_the_model_keeps_what_it_has():
         Recipe("a", (make("prune", {}), make("distill", step)))
 
 
-@pytest.mark.parametrize("name", ["channels", "factorize"])
+@pytest.mark.parametrize("name", ["channels", pytest.param("factorize", marks=pytest.mark.slow)])
 def test_any_step_can_learn_from_the_original(name, digits, spec, trained, tmp_path):
     """With alpha 1 the labels do not count, and the loss is another."""
     settings = {"channels": {"ratio": 0.3, "importance": "l1"}, "factorize": {"energy": 0.999999, "keep": "all"}}[name]
@@ -164,6 +164,7 @@ def test_any_step_can_learn_from_the_original(name, digits, spec, trained, tmp_p
     assert losses[0.0] != losses[1.0]
 
 
+@pytest.mark.slow
 def test_training_for_int8_learns_from_the_original_too(digits, spec, trained, tmp_path):
     """The worker's tf_keras has the teacher itself, so that both see the same augmented images."""
     config = {"steps": 2, "batch_size": 16, "learning_rate": 1e-6, "validation_images": 20, "augmentation": "crop_flip"}

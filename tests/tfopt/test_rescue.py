@@ -257,6 +257,7 @@ def last_rung(files, depthwise_file, digits, spec, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_training_is_the_last_rung_and_kept_where_it_is_nearer(last_rung, files, tmp_path):
     found = last_rung(10.0)
     rung = found["rungs"][-1]

@@ -48,6 +48,7 @@ def test_a_strict_step_refuses_before_it_trains(digits, tmp_path):
         QuantizeAware(strict="yes")
 
 
+@pytest.mark.slow
 def test_layers_left_out_by_choice_stay_in_float(trained_file, digits, spec, tmp_path):
     loaded = models.load(trained_file)
     chosen = "stage2_*conv1"

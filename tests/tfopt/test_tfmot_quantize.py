@@ -109,6 +109,7 @@ def test_the_file_says_how_to_feed_it(exported, spec):
     assert embedded_spec(exported[0].read_bytes()) == spec
 
 
+@pytest.mark.slow
 def test_convert_alone_gives_the_same_file(chain, exported, digits, spec, tmp_path):
     client.convert_quantized(chain[1].quantized, tmp_path / "again.tflite", spec)
     images = digits["test"].pixels(spec, slice(20))

@@ -190,6 +190,7 @@ def test_a_registered_layer_of_the_users_crosses(tmp_path):
     np.testing.assert_allclose(found, expected, atol=OUTPUTS_AGREE)
 
 
+@pytest.mark.slow
 def test_a_model_in_mixed_precision_is_pruned_in_float32(digits, spec, tmp_path):
     keras.utils.set_random_seed(0)
     image = keras.Input(spec.shape)
