@@ -217,6 +217,8 @@ def _how(entry: Entry) -> str:
         )
         parts.append("".join(f'<p class="quiet">{escape(note)}</p>' for note in report.notes))
         parts.append(_pairs(story.settings(report)))
+        if rows := story.by_layer(report):
+            parts.append(f"<details><summary>Layer by layer</summary><div>{_rows(rows)}</div></details>")
         skipped = story.skipped(report)
         if skipped:
             said = [f"<li>{escape(reason)}: {escape(', '.join(layers))}</li>" for reason, layers in skipped]

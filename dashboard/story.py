@@ -14,6 +14,9 @@ SCHEMES = {
     "int8": "exported in full int8",
 }
 
+#: properties of a step that its training says already
+_SAID_ELSEWHERE = ("accuracy_before_training",)
+
 
 def summary(variant: Variant) -> str:
     """'3 steps, then exported in full int8.' Names nothing that a record could have spoilt."""
@@ -46,10 +49,35 @@ def step_facts(report: StepReport) -> list[str]:
             f"{name} {text.count(old)} → {text.count(new)}" if old != new else f"{name} {text.count(old)}, unchanged"
         )
     facts += [
-        f"{name} {text.setting(value)}" for name, value in report.properties.items() if not isinstance(value, dict)
-    ]
+        f"{name.replace('_', ' ')} {text.setting(value)}" for name, value in report.properties.items()
+        if not isinstance(value, dict) and not _is_table(value) and name not in _SAID_ELSEWHERE
+    ]  # fmt: skip
     facts.append(f"{report.seconds:,.1f} s")
     return facts
+
+
+def by_layer(report: StepReport) -> list[dict[str, str]]:
+    """One row for each layer that the step has figures of, such as its channels before and after; [] without any."""
+    known = {*report.touched, *(skip.layer for skip in report.skipped)}
+    columns = {
+        name: values for name, values in report.properties.items()
+        if isinstance(values, dict) and values and known.issuperset(values)
+    }  # fmt: skip
+    layers = list(dict.fromkeys(layer for values in columns.values() for layer in values))
+    return [
+        {"layer": layer, **{name.replace("_", " "): _cell(name, values.get(layer)) for name, values in columns.items()}}
+        for layer in layers
+    ]
+
+
+def _cell(name: str, value: object) -> str:
+    if name == "channels" and isinstance(value, (list, tuple)):
+        return " → ".join(map(str, value))
+    return "" if value is None else text.setting(value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(row, dict) for row in value)
 
 
 def settings(report: StepReport) -> list[tuple[str, str]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 
 import typer
 
+from mobile_bench import interrupts
 from mobile_bench.errors import Problem
 
 INTERRUPTED = 130
 #: Whoever read the output has gone, as after `| head`. Click and Rich give the same.
 NOT_READ = 1
-_AGAIN_SECONDS = 0.05
 
 
 def run_app(app: typer.Typer) -> None:
@@ -23,11 +21,7 @@ def run_app(app: typer.Typer) -> None:
     A command ends with another code by `raise typer.Exit(code)`. SIGTERM and SIGHUP are interrupts, too: what Ctrl-C
     cleans up and keeps is cleaned up and kept.
     """
-    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal; nohup has it ignored, and it stays so
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    sys.unraisablehook = _not_swallowed
+    interrupts.listen()
     if sys.stdout is None:
         print_problem(Problem("Standard output is closed: nobody would see the result", next_step="Leave out >&-"))
         sys.exit(Problem.exit_code)
@@ -56,27 +50,17 @@ def exit_code_of(app: typer.Typer) -> int:
         return Problem.exit_code
     except Exception as error:
         # Typer's usage errors: their class has moved between its versions, these two methods have not.
-        if not (hasattr(error, "show") and hasattr(error, "exit_code")):
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            if "--json" in sys.argv[1:]:
+                _print_json(Problem(error.format_message()))
+            return error.exit_code
+        if not interrupts.asked():
             raise
-        error.show()
-        if "--json" in sys.argv[1:]:
-            _print_json(Problem(error.format_message()))
-        return error.exit_code
+        code = INTERRUPTED
     if code == INTERRUPTED:  # some versions of Typer turn the interrupt into this code themselves
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def _not_swallowed(unraisable) -> None:
-    """An interrupt that fell into a destructor or the like, where Python cannot raise it, comes again."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def print_problem(problem: Problem, as_json: bool = False) -> None:

@@ -49,7 +49,7 @@ def check_not_by_chance(loaded: LoadedModel, split: Split) -> float:
     best = max(scores, key=scores.get)
     here = f"{accuracy:.1%} right of {len(split)} images with scaling {loaded.spec.scaling} ({loaded.spec_from})"
     trials = min(TRIAL_IMAGES, len(split))
-    low, _ = wilson_interval(round(scores[best] * trials), trials, 0.99)
+    low, _ = wilson_interval(round(scores[best] * trials), trials, 1 - 0.01 / len(scores))
     better = low > chance  # among few images the best of five scalings is better than guessing by luck
     advice = (
         f"The likely scaling is {best}, which gets {scores[best]:.1%} right on {trials} of them, "

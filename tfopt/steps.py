@@ -28,6 +28,7 @@ from mobile_bench.records import StepReport, from_dict, to_dict
 from tfopt.data.splits import ImageData, Split
 from tfopt.technique import Context, Limits, OptimizedModel, Property, Technique
 
+WORK_PREFIX = ".work-"
 _VERSIONED = ("tfopt", "tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "ai-edge-litert")
 
 
@@ -160,7 +161,7 @@ def run(
     if known:
         return known
     folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=folder))
     try:
         context = Context(
             data, work, teacher, keep=keep, seed=seed, progress=progress, callbacks=callbacks, limits=limits
@@ -177,7 +178,7 @@ def _keep(folder: Path, key: str, optimized: OptimizedModel, reports: tuple[Step
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
+        work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=folder))
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:

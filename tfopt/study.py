@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mobile_bench import device, store
+from mobile_bench import device, interrupts, store
 from mobile_bench.files import cannot_write, sha256_of
 from mobile_bench.inputs import InputSpec
 from mobile_bench.lock import held, lock_path
@@ -156,6 +156,9 @@ def run(plan: Plan, on_event: OnEvent | None = None) -> store.Study:
 def _run(plan: Plan, out: Path, say: OnEvent) -> store.Study:
     say(Event("plan", total=len(plan.expected())))
     new = not (out / "study.json").exists()
+    for folder in (out, out / STEPS_FOLDER):  # what a process that was killed has left
+        for left in folder.glob(f"{steps.WORK_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
     record = _begin(plan, out)
     work: list[tuple[_Workshop, list[tuple[Recipe, list[str]]]]] = []
     try:
@@ -288,7 +291,8 @@ class _Workshop:
         a study's numbers do not depend on who was first.
         """
         exports = []
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=self.out) as work, ThreadPoolExecutor(1) as exporter:
+        folder = tempfile.TemporaryDirectory(prefix=steps.WORK_PREFIX, dir=self.out)
+        with folder as work, ThreadPoolExecutor(1) as exporter:
             self.work = Path(work)
             try:
                 for recipe, schemes in jobs:
@@ -451,6 +455,8 @@ class _Workshop:
         self.say(Event("variant", self.model.name, name, text=f"top-1 {quality.top1:.2%}, {len(content) / 1e3:.0f} kB"))
 
     def _fail(self, recipe: Recipe, scheme: str, error: Exception) -> None:
+        if interrupts.asked():
+            raise KeyboardInterrupt from error  # the error is what became of it
         name = f"{recipe.name}-{scheme}"
         reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
         try:

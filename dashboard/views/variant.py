@@ -95,6 +95,9 @@ def _how(entry: Entry) -> None:
                 st.caption(text.markdown(note))
             with st.expander("Settings", icon=":material/tune:"):
                 st.dataframe(_pairs(story.settings(report)), hide_index=True, height="content")
+            if rows := story.by_layer(report):
+                with st.expander("Layer by layer", icon=":material/table_rows:"):
+                    st.dataframe(pd.DataFrame(rows), hide_index=True, height="content")
             skipped = story.skipped(report)
             if skipped:
                 total = sum(len(layers) for _, layers in skipped)

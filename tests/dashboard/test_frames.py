@@ -7,7 +7,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from dashboard import advice, frames
+from dashboard import advice, frames, story
 from mobile_bench import stats, store
 from mobile_bench.records import Measurement, Quality, Target
 from mobile_bench.store import read_study
@@ -172,3 +172,15 @@ def test_advice_has_words_for_a_study_without_times(tmp_path):
     frame = frames.variants(read_study(tmp_path))
     assert "none of them measured" in advice.recommend(frame, 33).sentence
     assert "No variant is there" in advice.recommend(frame.iloc[:0], 33).sentence
+
+
+def test_layers_of_a_step_are_told_one_by_one(study):
+    (report,) = frames.entry_of(read_study(study), "resnet8/lowrank-float32").variant.steps
+    report = dataclasses.replace(
+        report, touched=("stem", "head"),
+        properties={"channels": {"stem": [16, 8]}, "errors": {"head": 0.12345}, "latency": {"ms": 1}, "rounds": [{}]},
+    )  # fmt: skip
+    assert story.by_layer(report) == [
+        {"layer": "stem", "channels": "16 → 8", "errors": ""}, {"layer": "head", "channels": "", "errors": "0.1235"},
+    ]  # fmt: skip
+    assert not any("rounds" in fact for fact in story.step_facts(report))

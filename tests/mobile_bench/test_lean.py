@@ -37,6 +37,7 @@ MODULES = (
     "inputs",
     "interleave",
     "interpreter",
+    "interrupts",
     "jobs",
     "litert_c",
     "lock",

@@ -12,10 +12,10 @@ import keras
 import pytest
 
 import tfopt
-from mobile_bench import store
+from mobile_bench import interrupts, store
 from mobile_bench.errors import Problem
 from mobile_bench.records import Target
-from tfopt import commands, study
+from tfopt import commands, steps, study
 
 RECIPE = """
 name: small
@@ -234,3 +234,25 @@ def test_threads_are_another_target(made, trained_file, digits):
     measured = {m.target.threads for e in again.entries if e.variant.recipe == "baseline" for m in e.measurements}
     assert measured == {1, 2}
     assert all(e.measurements for e in again.entries)
+
+
+def test_an_error_that_an_interrupt_became_ends_the_study(trained_file, digits, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        interrupts._asked.set()
+        raise SystemError("bad argument to internal function")
+
+    monkeypatch.setattr(steps, "run", lost)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tfopt.run_study([trained_file], digits, ["prune"], out=tmp_path / "out", targets=())
+    finally:
+        interrupts._asked.clear()
+    assert not any(entry.variant for entry in store.read_study(tmp_path / "out").entries)
+
+
+def test_what_a_killed_process_left_is_removed(trained_file, digits, tmp_path):
+    left = tmp_path / "out" / ".steps" / ".work-abc"
+    left.mkdir(parents=True)
+    (left / "images.npy").write_bytes(b"0")
+    tfopt.run_study([trained_file], digits.limited(20, 20), ["baseline"], out=tmp_path / "out", targets=())
+    assert not left.exists()
