@@ -70,6 +70,10 @@ class Recipe:
                         received=" > ".join(s.name for s in self.steps),
                         next_step=f"Put {step.name} before {origin}, or leave one out{rides}",
                     )
+            try:
+                step.check_after(frozenset(carried))
+            except Problem as problem:
+                raise RecipeError(f"Recipe {self.name}, step {number} ({step.name}): {problem}") from problem
             carried.update(dict.fromkeys(step.adds, step.name))
         return frozenset(carried)
 

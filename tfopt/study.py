@@ -572,6 +572,12 @@ def _step_text(report: StepReport, original: float) -> str:
     for what, (before, after) in costs.items():
         if before and after != before:
             parts.append(f"{what} to {after / before:.0%}")
+    if "sparsity" in report.properties:
+        parts.append(f"zeros {report.properties['sparsity']:.1%} of the kernels it worked on")
+    if "clusters" in report.properties:
+        parts.append(f"at most {report.properties['clusters']} values a kernel")
+    if report.skipped:
+        parts.append(f"{len(report.skipped)} layers left alone")
     if training:
         before = training.get("accuracy_before")
         change = f"{before:.2%} before training, " if before is not None else ""

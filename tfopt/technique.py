@@ -128,6 +128,9 @@ class Technique(abc.ABC):
         Called while the steps before have left the layers their names; channels may be fewer by then.
         """
 
+    def check_after(self, carried: frozenset[Property]) -> None:  # noqa: B027 - most have nothing to check
+        """Raise a Problem for settings that cannot follow steps that have given the model these properties."""
+
     @property
     def renames(self) -> bool:
         """Whether the result's layers have other names than those of the model that the step gets."""

@@ -109,6 +109,13 @@ class Cluster(Technique):
             notes=client.notes(trained),
         )
 
+    def check_after(self, carried: frozenset[Property]) -> None:
+        if Property.SPARSE in carried and self.clusters < 3:
+            raise InputError(
+                "Two clusters of a pruned kernel are its zeros and one value for all other weights",
+                received=f"clusters {self.clusters}", allowed="3 and above after pruning",
+            )  # fmt: skip
+
     def check_layers(self, model, spec) -> None:
         self._choose(model)
 

@@ -33,6 +33,9 @@ POLICIES = ("xnnpack",)
 MOST_OF_A_LAYER = 0.98
 
 
+_SPARSITIES = "above 0, below 1, or sensitivity"
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class Prune(Technique):
@@ -82,9 +85,7 @@ class Prune(Technique):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), filter(None, known))
         if isinstance(self.sparsity, str) and self.sparsity != SENSITIVITY:
-            raise InputError(
-                "sparsity is out of range", received=repr(self.sparsity), allowed="0 to below 1, or sensitivity"
-            )
+            raise InputError("sparsity is out of range", received=repr(self.sparsity), allowed=_SPARSITIES)
         self._check_pattern()
         if not isinstance(self.layers, dict):
             raise InputError(
@@ -93,11 +94,13 @@ class Prune(Technique):
         shares = [(name, getattr(self, name)) for name in ("sparsity", "initial_sparsity", "max_drop")]
         for name, value in [*shares, *((f"The sparsity of {key}", share) for key, share in self.layers.items())]:
             if value != SENSITIVITY and not (_is_number(value) and 0 <= value < 1):
-                raise InputError(f"{name} is out of range", received=repr(value), allowed="0 to below 1")
+                allowed = _SPARSITIES if name == "sparsity" else "0 to below 1"
+                raise InputError(f"{name} is out of range", received=repr(value), allowed=allowed)
         for name in ("begin", "end"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
-                raise InputError(f"{name} is out of range", received=repr(value), allowed="0 to 1")
+                allowed = "0 to 1, a share of the training's steps"
+                raise InputError(f"{name} is out of range", received=repr(value), allowed=allowed)
         if not (_is_number(self.power) and 0 < self.power <= 10):
             raise InputError("power is out of range", received=repr(self.power), allowed="above 0 to 10")
         if self.sparsity == 0 and not any(self.layers.values()):
@@ -134,7 +137,12 @@ class Prune(Technique):
                 allowed = (
                     "[m, n], m zeros in every n, m below n" if name == "m_by_n" else "[inputs, outputs], not [1, 1]"
                 )
-                raise InputError(f"{name} is no such pair of whole numbers", received=repr(value), allowed=allowed)
+                colon = isinstance(value, int) and value >= 60  # YAML takes 2:4 for minutes and seconds
+                raise InputError(
+                    f"{name} is no such pair of whole numbers", received=repr(value), allowed=allowed,
+                    next_step=f"YAML reads {value // 60}:{value % 60} as {value}: write [{value // 60}, {value % 60}]"
+                    if colon else None,
+                )  # fmt: skip
             object.__setattr__(self, name, pair)
         if self.m_by_n is None:
             return
