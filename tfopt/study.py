@@ -32,6 +32,8 @@ from tfopt.recipe import Recipe
 from tfopt.technique import Limits, Property
 
 STEPS_FOLDER = ".steps"
+#: A file that agrees less often with its own Keras model is warned of.
+_LEAST_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
@@ -414,12 +416,24 @@ class _Workshop:
         progress = lambda done, total, _: self.say(Event("evaluate", self.model.name, name, done, total))
         found = attest.answers(converted.path, images, self.spec, self.work, progress=progress)
         content = converted.path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        quality = attest.quality(
+            found, test.labels, data=self.data.name, split="test", fingerprint=fingerprint, sha256=sha256,
+            keras=result.classes(self.spec, test, fingerprint),
+            baseline=self.base.classes(self.spec, test, fingerprint),
+        )  # fmt: skip
+        far = quality.agreement is not None and quality.agreement < _LEAST_AGREEMENT
+        if far:
+            warnings += (
+                f"The file names the class that its own Keras model names for {quality.agreement:.1%} of the test "
+                "images only: tfopt rescue finds what conversion lost",
+            )
         variant = Variant(
             name=name,
             model=self.model.name,
             recipe=recipe.name,
             scheme=converted.scheme,
-            sha256=hashlib.sha256(content).hexdigest(),
+            sha256=sha256,
             size_bytes=len(content),
             gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
             parameters=result.parameters,
@@ -435,16 +449,6 @@ class _Workshop:
             created_at=_now(),
             cache_key=_variant_key(self.model, recipe, converted.scheme, self.plan),
         )
-        quality = attest.quality(
-            found,
-            test.labels,
-            data=self.data.name,
-            split="test",
-            fingerprint=fingerprint,
-            sha256=variant.sha256,
-            keras=result.classes(self.spec, test, fingerprint),
-            baseline=self.base.classes(self.spec, test, fingerprint),
-        )
         with self._folder(name) as folder:
             shutil.copy2(converted.path, folder / "model.tflite")
             _link(result.model_file, folder / "model.keras")
@@ -452,7 +456,9 @@ class _Workshop:
                 _link(result.quantized, folder / result.quantized.name)
             store.write_quality(folder, quality)
             store.write_variant(folder, variant)
-        self.say(Event("variant", self.model.name, name, text=f"top-1 {quality.top1:.2%}, {len(content) / 1e3:.0f} kB"))
+        text = f"top-1 {quality.top1:.2%}, {len(content) / 1e3:.0f} kB"
+        text += f"; warning: agrees with its own Keras model on {quality.agreement:.1%} only" if far else ""
+        self.say(Event("variant", self.model.name, name, text=text))
 
     def _fail(self, recipe: Recipe, scheme: str, error: Exception) -> None:
         if interrupts.asked():

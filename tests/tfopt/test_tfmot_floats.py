@@ -70,6 +70,25 @@ def test_layers_left_out_by_choice_stay_in_float(trained_file, digits, spec, tmp
     assert np.mean(answers.predictions == classify(outputs, spec)) >= 0.98
 
 
+def test_a_gate_left_out_computes_what_it_did(digits, spec, tmp_path):
+    """The converter folds the 3 of a hard sigmoid into the bias before it in a float file, and in an int8 file not."""
+    image = keras.Input(spec.shape)
+    x = keras.layers.Conv2D(8, 5, strides=2, activation="relu", name="stem")(image)
+    gate = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = keras.layers.Conv2D(8, 1, activation="hard_sigmoid", name="gate")(gate)
+    x = keras.layers.Flatten()(keras.layers.Multiply()([x, gate]))
+    model = keras.Model(image, keras.layers.Dense(10, activation="softmax", name="classes")(x))
+    train = TrainConfig(steps=200, batch_size=32, learning_rate=3e-2, evaluations=1, validation_images=20)
+    result, _ = QuantizeAware(exclude="gate", train=train).apply(
+        OptimizedModel(model, spec), Context(digits, tmp_path / "work", model)
+    )
+    out, test = tmp_path / "int8.tflite", digits["test"].balanced(100)
+    outputs = client.export_quantized(result.quantized, spec, out=out, split=test)
+    assert "gate" in residual.layers(residual.float_tensors(out, client.sources(result.quantized)))
+    found = attest.answers(out, attest.save_split(test, spec, tmp_path), spec, tmp_path)
+    assert np.mean(found.predictions == classify(outputs, spec)) >= 0.95
+
+
 @pytest.mark.parametrize(
     ("exclude", "word"),
     [(("stm",), "stem"), (("stem_bn",), "with a kernel"), (("BatchNormalization",), "with a kernel")],

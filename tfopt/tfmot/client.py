@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -36,7 +37,12 @@ EXPORT_TIMEOUT_S = 3600
 WORKER = "tfopt.tfmot.worker"
 ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 _PROBE_IMAGES = 4
+#: How far from what it was rounded to a float weight may be, in steps of the rounding; half a one without folding.
+_ROUNDING_STEPS = 1.5
 TOLERANCE = 1e-5
+
+if TYPE_CHECKING:
+    from tfopt.rescue.graph import Graph, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,8 +218,31 @@ def _in_float(floats: bytes, quantized: bytes, names: list[str]) -> bytes:
 
     float_graph, graph = Graph(floats), Graph(quantized)
     own = lambda layer: {part.removeprefix("quant_") for part in layer.name.split("/")}
-    chosen = {twin.operator: "float16" for layer, twin in twins(float_graph, graph) if own(layer) & set(names)}
-    return lift(float_graph, graph, chosen).pack()
+    pairs = [(layer, twin) for layer, twin in twins(float_graph, graph) if own(layer) & set(names)]
+    for layer, twin in pairs:
+        _unfold(float_graph, layer, graph, twin)
+    return lift(float_graph, graph, {twin.operator: "float16" for _, twin in pairs}).pack()
+
+
+def _unfold(floats: Graph, layer: Layer, graph: Graph, twin: Layer) -> None:
+    """Take out of a float layer the constants that the converter has folded into it, where the int8 file has not.
+
+    It adds the 3 of a hard sigmoid to the bias before it, and multiplies kernels; between two rounded tensors it does
+    not. Where a float array is not what was rounded, the rounded one holds instead.
+    """
+    for own, other in ((layer.weights, twin.weights), (layer.bias, twin.bias)):
+        if own < 0 or other < 0:
+            continue
+        scales, zeros = graph.scale(other)
+        if not scales.size:
+            continue
+        raw = graph.array(other)
+        shape = [1] * raw.ndim
+        shape[graph.main.tensors[other].quantization.quantizedDimension if scales.size > 1 else 0] = scales.size
+        steps = scales.reshape(shape)
+        rounded = (raw - zeros.reshape(shape)) * steps
+        if np.max(np.abs(floats.array(own) - rounded) / steps) > _ROUNDING_STEPS:
+            floats.set_array(own, rounded)
 
 
 def sources(quantized: Path) -> dict[str, str]:
