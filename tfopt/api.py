@@ -84,6 +84,7 @@ def run_study(
     step_minutes, step_memory_gb: what a step in a process of its own may take; see tfopt.technique.Limits.
     """
     from tfopt import data as data_sets
+    from tfopt import plan as plans
     from tfopt import recipe as recipe_files
     from tfopt import study as studies
     from tfopt.errors import InputError
@@ -110,7 +111,7 @@ def run_study(
     if not deadline_fps > 0:
         raise InputError("The deadline is not above 0 frames a second", received=deadline_fps)
     sources = tuple(_source(model, data, input_spec, trust) for model in models)
-    plan = studies.Plan(
+    plan = plans.Plan(
         out=Path(out),
         models=sources,
         data=data,
@@ -198,13 +199,13 @@ def _checked(training: dict) -> dict[str, dict]:
 
 
 def _source(model, data: ImageData, input_spec: str | None, trust: bool):
-    from tfopt import study as studies
+    from tfopt import plan as plans
 
     if isinstance(model, (str, Path)):
-        return studies.file_source(model, input_spec=input_spec, trust=trust, class_names=data.class_names)
+        return plans.file_source(model, input_spec=input_spec, trust=trust, class_names=data.class_names)
     from tfopt import models as keras_models
 
     loaded = (
         model if isinstance(model, keras_models.LoadedModel) else keras_models.from_keras(model, input_spec=input_spec)
     )
-    return studies.model_source(loaded, data.class_names)
+    return plans.model_source(loaded, data.class_names)

@@ -489,8 +489,8 @@ def _watch():
 def _bar(label: str):
     from contextlib import contextmanager
 
+    from tfopt.plan import Event
     from tfopt.progress import StudyProgress
-    from tfopt.study import Event
 
     @contextmanager
     def bar():

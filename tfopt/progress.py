@@ -7,7 +7,7 @@ import threading
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tfopt.study import Event
+from tfopt.plan import Event
 
 _DOING = {"evaluate": "evaluating", "convert": "converting", "measure": "measuring"}
 

@@ -7,7 +7,7 @@ import pytest
 
 from mobile_bench.flatbuffer import read_model
 from mobile_bench.inputs import InputSpec
-from tfopt import calibration, convert, models
+from tfopt import calibration, convert, convert_worker, models
 from tfopt.errors import ConversionError, DataError, InputError
 from tfopt.schemes import parse
 
@@ -138,7 +138,7 @@ def maker(trained_file, digits):
     owner = tf.Module()
     owner.kept = [weight.value for weight in loaded.model.weights]
     images = calibration.choose(digits["calibration"], loaded.spec, 60)
-    return convert._Maker(tf, graph, owner, loaded.spec, images, 60)
+    return convert_worker.Maker(tf, graph, owner, loaded.spec, images, 60)
 
 
 def test_auto_stops_where_the_ranges_settle(maker):

@@ -12,7 +12,7 @@ from mobile_bench.errors import Problem
 from mobile_bench.flatbuffer import read_model
 from mobile_bench.interpreter import open_model
 from mobile_bench.metadata import embedded_spec
-from tfopt import convert, models, training
+from tfopt import convert, convert_worker, models, training
 from tfopt.errors import ConversionError, JobFailed, ModelError
 from tfopt.schemes import parse
 
@@ -144,7 +144,7 @@ def test_a_pruned_model_is_stored_without_its_zeros(scheme, pruned, digits):
 
 
 def test_sparse_storage_of_a_dense_model_is_remarked(trained, tmp_path):
-    check = convert._notes(read_model(_float32(trained, tmp_path)), parse("float32_sparse"))
+    check = convert_worker.notes_of(read_model(_float32(trained, tmp_path)), parse("float32_sparse"))
     assert "prune first" in check[0]
 
 
@@ -191,7 +191,7 @@ def _graph(loaded):
 
 def _float32(loaded, folder):
     path = folder / "float32.tflite"
-    path.write_bytes(convert._convert_one(*_graph(loaded), "float32", None, loaded.spec))
+    path.write_bytes(convert_worker.convert_one(*_graph(loaded), "float32", None, loaded.spec))
     return path
 
 
@@ -236,12 +236,12 @@ def test_a_file_that_would_be_half_float_is_refused_by_the_operations_name(wavy,
 def test_a_look_at_what_runs_where_takes_it_half_float(wavy, digits):
     path, spec = wavy
     images = digits["calibration"].pixels(spec)[:4]
-    content = convert._convert_one(*_graph(models.load(path, input_spec="scaling=signed")), "int8", images, spec)
+    content = convert_worker.convert_one(*_graph(models.load(path, input_spec="scaling=signed")), "int8", images, spec)
     model = read_model(content)
     assert "SIN" in [operator.op for operator in model.main.operators]
-    convert._check_form(model, parse("int8"), hybrid=True)
+    convert_worker.check_form(model, parse("int8"), hybrid=True)
     with pytest.raises(ConversionError, match="SIN of layer"):
-        convert._check_form(model, parse("int8"), hybrid=False)
+        convert_worker.check_form(model, parse("int8"), hybrid=False)
 
 
 def test_int8_without_calibration_and_unknown_schemes_are_refused(trained_file, trained, tmp_path):
@@ -269,13 +269,13 @@ def test_an_op_without_a_builtin_fails_alone_with_its_name(trained, tmp_path):
 
 def test_a_model_that_answers_with_nan_is_not_exported(trained, tmp_path):
     path = _float32(trained, tmp_path)
-    facts = convert._Check(_graph(trained)[1], None, trained.spec, False).facts(path, parse("float32"))
+    facts = convert_worker.Check(_graph(trained)[1], None, trained.spec, False).facts(path, parse("float32"))
     assert facts["difference"] <= 1e-5 and facts["random"] and facts["images"] == convert.RANDOM_IMAGES
     weight = trained.model.trainable_weights[0]
-    whole = convert._Check(_graph(trained)[1], None, trained.spec, False)
+    whole = convert_worker.Check(_graph(trained)[1], None, trained.spec, False)
     _ = whole.expected
     weight.assign(np.full(weight.shape, np.nan))
-    broken = convert._Check(_graph(trained)[1], None, trained.spec, False)
+    broken = convert_worker.Check(_graph(trained)[1], None, trained.spec, False)
     with pytest.raises(ConversionError, match="Keras model itself answers with NaN"):
         broken.facts(path, parse("float32"))
     with pytest.raises(ConversionError, match="file answers with NaN"):
@@ -313,9 +313,9 @@ def test_weights_behind_the_flatbuffer_come_along(trained, digits, tmp_path):
 
 def test_the_converters_words_become_one_sentence():
     said = "\n".join(["Quantization to 16x8-bit not yet supported for op: 'HARD_SWISH'."] * 3)
-    refusal = str(convert._refusal(RuntimeError(said)))
+    refusal = str(convert_worker.refusal(RuntimeError(said)))
     assert refusal.count("HARD_SWISH") == 1 and "Choose int8" in refusal
-    assert "RuntimeError" in str(convert._refusal(RuntimeError()))
+    assert "RuntimeError" in str(convert_worker.refusal(RuntimeError()))
 
 
 def test_a_crash_costs_only_the_scheme_that_was_under_way(trained_file, trained, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from keras import layers, ops
 
 from mobile_bench.flatbuffer import read_model
 from mobile_bench.inputs import InputSpec
-from tfopt import builders, convert, fixes, models
+from tfopt import builders, convert_worker, fixes, models
 from tfopt.errors import InputError, ModelError, ModelRefused
 from tfopt.fixes.plan import Plan
 from tfopt.graph import flat_layers
@@ -49,7 +49,7 @@ def tflite(model, spec, scheme):
     owner = tf.Module()
     owner.kept = [weight.value for weight in model.weights]
     images = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
-    return convert._convert_one(tf, graph, owner, scheme, images, spec)
+    return convert_worker.convert_one(tf, graph, owner, scheme, images, spec)
 
 
 def operations(model, spec=SPEC, scheme="int8"):

@@ -15,7 +15,7 @@ import tfopt
 from mobile_bench import interrupts, store
 from mobile_bench.errors import Problem
 from mobile_bench.records import Target
-from tfopt import commands, steps, study
+from tfopt import commands, plan, steps
 
 RECIPE = """
 name: small
@@ -149,7 +149,7 @@ def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_
     assert "No kernel of the model gains" in failed.variant.reason
     assert [e.variant.status for e in others] == ["ok"] * 4
     assert commands.rows(result)[0]["reason"] == failed.variant.reason
-    hidden = [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".") and p.name != study.STEPS_FOLDER]
+    hidden = [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".") and p.name != plan.STEPS_FOLDER]
     assert not hidden, "work folders are left behind"
 
 
