@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from mobile_bench.files import write_bytes
 OnProgress = Callable[[dict], None]
 #: With this argument a child ends when its standard input closes.
 FOLLOW_PARENT = "--end-with-parent"
+#: What TensorFlow says of itself at each start.
+_CHATTER = re.compile(r"WARNING: All log messages before absl|I\d{4} |I0000 |To enable the following instructions")
 _LOG_LINES, _LOG_CHARACTERS = 8, 1500
 
 
@@ -240,7 +243,7 @@ def _exit_text(code: int) -> str:
 
 
 def _tail(log: str) -> str | None:
-    lines = [line for line in log.splitlines() if line.strip()]
+    lines = [line for line in log.splitlines() if line.strip() and not _CHATTER.match(line)]
     return " | ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or None
 
 

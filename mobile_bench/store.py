@@ -64,6 +64,12 @@ class Study:
         return (*self.problems, *(problem for entry in self.entries for problem in entry.problems))
 
     @property
+    def asked(self) -> tuple[Entry, ...]:
+        """The entries that the last run asked for; the folder may hold others from before."""
+        wanted = set(self.record.expected)
+        return tuple(e for e in self.entries if f"{e.variant.model}/{e.variant.name}" in wanted)
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """'{model}/{variant}' names that the study promised and does not hold (yet)."""
         there = {f"{e.variant.model}/{e.variant.name}" for e in self.entries}

@@ -57,8 +57,7 @@ def optimize(
         on_event=on_event,
         targets=(),
     )
-    wanted = set(made.record.expected)
-    return tuple(e for e in made.entries if f"{e.variant.model}/{e.variant.name}" in wanted)
+    return made.asked
 
 
 def run_study(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -381,7 +382,7 @@ def _study(
     images = _load_data(data)
     if train_images is not None or test_images is not None:
         images = images.limited(train=train_images, test=test_images)
-    with _watch() as on_event:
+    with _kept_when_interrupted(out), _watch() as on_event:
         made = run_study(
             models,
             images,
@@ -398,8 +399,17 @@ def _study(
             **limits,
         )
     _show(made, as_json)
-    if any(e.variant.status != "ok" for e in made.entries):
+    if any(entry.variant.status != "ok" for entry in made.asked):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _kept_when_interrupted(out: Path):
+    try:
+        yield
+    except KeyboardInterrupt:
+        _note(f"{out} keeps what is finished, each step by itself; the same command goes on from there")
+        raise
 
 
 def _show(made, as_json: bool) -> None:
@@ -420,8 +430,9 @@ def _show(made, as_json: bool) -> None:
             continue
         table.add_row(*commands.cells(row, wide))
     page.print(table)
+    failed = {(entry.variant.model, entry.variant.name) for entry in made.asked if entry.variant.status != "ok"}
     for row in rows:
-        if row["status"] != "ok":
+        if (row["model"], row["variant"]) in failed:
             page.print(f"[red]{row['model']}/{row['variant']}[/]: {escape(row['reason'])}", highlight=False)
     if made.record.data.get("note"):
         page.print(made.record.data["note"], highlight=False)
@@ -450,6 +461,11 @@ def _training(items: list[str] | None) -> dict[str, dict]:
                 )
             if dot and technique not in techniques():
                 raise unknown_name("technique", technique, techniques())
+            if dot and name != "train" and name in techniques()[technique].__dataclass_fields__:
+                raise InputError(
+                    f"{name} is a setting of {technique} itself, and --train changes how it is trained", received=part,
+                    next_step=f"Write a recipe with '- {technique}: {{{name}: {value}}}', and name its file",
+                )  # fmt: skip
             changes.setdefault(technique or "*", {})[name] = _value(value)
     return changes
 

@@ -59,10 +59,8 @@ class Maker:
             return content
         from tfopt.sparse import sparsified
 
-        content, dense = sparsified(content)
-        if dense:
-            taken = "LiteRT's XNNPACK takes sparse int8 weights for int8 convolutions only"
-            self.notes.append(f"{dense} weights are stored densely: {taken}")
+        content, notes = sparsified(content)
+        self.notes += notes
         return content
 
     @cached_property

@@ -18,6 +18,7 @@ from mobile_bench.flatbuffer import read_model
 from mobile_bench.xray.cpu_rules import stored
 from mobile_bench.xray.rules import Node, nodes
 from tfopt.errors import ConversionError
+from tfopt.sparse import unpacked
 
 #: More values than int8 has are no clusters; and the values of an untrained kernel are all different.
 MOST_CLUSTERS = 256
@@ -145,9 +146,13 @@ def by_channel(kernel: np.ndarray, kind: str) -> np.ndarray:
 
 def _stored(tflite) -> list[np.ndarray]:
     """Every stored kernel as (channels out, weights of one channel): its numbers in the file less the zero point."""
+    model = read_model(tflite)
+    packed = {}
+    if any(tensor.sparse for tensor in model.main.tensors):
+        packed = unpacked(tflite if isinstance(tflite, bytes) else Path(tflite).read_bytes())
     found = []
-    for node in nodes(read_model(tflite)):
-        array = _constant(node)
+    for node in nodes(model):
+        array = _constant(node, packed)
         if array is None:
             continue
         channels = np.moveaxis(array, _CHANNEL_AXIS[node.op], 0)
@@ -155,11 +160,11 @@ def _stored(tflite) -> list[np.ndarray]:
     return found
 
 
-def _constant(node: Node) -> np.ndarray | None:
+def _constant(node: Node, packed: dict[int, np.ndarray]) -> np.ndarray | None:
     if node.op not in _CHANNEL_AXIS:
         return None
     tensor = stored(node, node.input(1))
-    values = None if tensor is None else node.model.constant(tensor)
+    values = None if tensor is None else packed.get(tensor.index, node.model.constant(tensor))
     if values is None or values.ndim < 2:
         return None
     zero = tensor.zero_points[0] if len(tensor.zero_points) == 1 else 0

@@ -136,9 +136,11 @@ def _foreign(config: dict) -> Iterator[dict]:
 
 
 def has_own_classes(path: Path) -> bool:
-    """Whether a .keras file has layers that are not Keras's: only who has registered their classes can load it."""
+    """Whether a .keras file has layers or activations that are not Keras's: only who registered them can load it."""
     return any(
-        not _is_keras(entry) and entry.get("class_name") not in ("Lambda", "__lambda__", "function")
+        entry.get("module") == "builtins"  # a registered function; Keras's own go by their names alone
+        if entry.get("class_name") == "function"
+        else not _is_keras(entry) and entry.get("class_name") not in ("Lambda", "__lambda__")
         for entry in _walk({key: value for key, value in _read_keras(path)[0].items() if key != "compile_config"})
     )
 
@@ -188,7 +190,11 @@ def _register(entry: dict) -> None:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
             "The model needs code that is not installed here",
-            received=f"{name} of module {module} ({first_line(error)})",
-            next_step="Put the module on PYTHONPATH, or import it yourself before tfopt.models.load",
+            received=f"{name} of module {module} ({first_line(error)})"
+            if module
+            else f"{name}, of which the file does not say where it is",
+            next_step="Put the module on PYTHONPATH, or import it yourself before tfopt.models.load"
+            if module
+            else "Write the class in a module of its own, save the model anew, and put the module on PYTHONPATH",
         ) from error
     keras.saving.get_custom_objects()[entry.get("registered_name") or name] = found

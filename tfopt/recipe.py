@@ -68,7 +68,9 @@ class Recipe:
                         f"Recipe {self.name}: step {number} ({step.name}) would lose "
                         f"what {origin} gained: {prop.value}",
                         received=" > ".join(s.name for s in self.steps),
-                        next_step=f"Put {step.name} before {origin}, or leave one out{rides}",
+                        next_step=f"Leave one {origin} out"
+                        if step.name == origin
+                        else f"Put {step.name} before {origin}, or leave one out{rides}",
                     )
             try:
                 step.check_after(frozenset(carried))
@@ -117,7 +119,10 @@ def load(place: str | Path | Recipe) -> Recipe:
         try:
             return _parse(Path(text).expanduser().read_text(), text)
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError("The recipe file cannot be read", received=f"{text} ({error})") from error
+            raise RecipeError(
+                "The recipe file cannot be read", received=f"{text} ({error})",
+                next_step=f"Name a .yaml file, or one of {', '.join(_files())}",
+            ) from error  # fmt: skip
     raise unknown_name("recipe", text, _files(), error=RecipeError)
 
 
@@ -146,14 +151,23 @@ def _parse(text: str, origin: str) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError("The recipe is not YAML", received=f"{origin} ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-        raise RecipeError("The recipe has no name", received=origin, allowed="name, description, steps, schemes")
+        raise RecipeError(
+            "The recipe has no name", received=origin, allowed="name, description, steps, schemes",
+            next_step="Begin the file with 'name: my_recipe'",
+        )  # fmt: skip
     for key in values:
         if key not in ("name", "description", "steps", "schemes"):
             raise unknown_name(
                 "key of a recipe", str(key), ("name", "description", "steps", "schemes"), error=RecipeError
             )
+    listed = values.get("steps", [])
+    if not isinstance(listed, list):
+        raise RecipeError(
+            f"The steps of {origin} are not a list", received=repr(listed),
+            allowed="'- prune: {sparsity: 0.5}', a line each; 'steps: []' for the model as it is",
+        )  # fmt: skip
     steps = []
-    for number, entry in enumerate(values.get("steps") or [], 1):
+    for number, entry in enumerate(listed, 1):
         name, settings = _step(entry, number, origin)
         try:
             steps.append(make(name, settings))

@@ -243,7 +243,8 @@ class Workshop:
                 )  # fmt: skip
         except Problem as second:
             reason = f"{reason} (and its record could not be written: {second})"
-        self.say(Event("variant", self.model.name, name, text=f"failed: {reason}", facts={"failed": True}))
+        what = reason.partition(" Received: ")[0]  # the whole of it stands in the record and below the table
+        self.say(Event("variant", self.model.name, name, text=f"failed: {what}", facts={"failed": True}))
 
     def _folder(self, name: str):
         return _whole_folder(store.variant_folder(self.out, self.model.name, name))

@@ -1,4 +1,4 @@
-"""A layer as a user writes it, in a module that another process can import."""
+"""A layer and an activation as a user writes them, in a module that another process can import."""
 
 import keras
 
@@ -19,3 +19,8 @@ class Scaled(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "shift": self.shift}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def bent(x):
+    return 2 * keras.ops.tanh(x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -63,6 +65,38 @@ def test_second_run_imports_no_tensorflow(study, trained_file):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["variants"] == printed["variants"]
+
+
+def test_what_failed_before_does_not_fail_this_run(study, trained_file):
+    from mobile_bench import store
+    from mobile_bench.records import Variant
+
+    folder, _, _ = study
+    old = store.variant_folder(folder, trained_file.stem, "old-int8")
+    store.write_variant(old, Variant(
+        name="old-int8", model=trained_file.stem, recipe="old", scheme="int8", status="failed", reason="It broke",
+        created_at="2026-01-01T00:00:00Z", tools={},
+    ))  # fmt: skip
+    try:
+        done = tfopt("study", "-m", trained_file, "--data", "digits", "-r", "baseline", "--out", folder)
+    finally:
+        shutil.rmtree(old)
+    assert done.returncode == 0, done.stderr
+    assert "old-int8" in done.stdout and "It broke" not in done.stdout
+
+
+def test_an_interrupted_study_says_what_it_keeps(trained_file, tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tfopt.cli", "study", "-m", trained_file, "--data", "digits", "-r", "baseline",
+         "--out", tmp_path / "s"], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    heard = []
+    for line in child.stderr:
+        heard.append(line)
+        if "loading" in line:
+            child.send_signal(signal.SIGINT)
+    assert child.wait(120) == 130
+    assert "keeps what is finished" in " ".join("".join(heard).split())
 
 
 def test_report_is_one_html_file(study):
@@ -144,6 +178,8 @@ def test_help_teaches_every_command():
         ),
         (["study", "-m", "text.keras", "--data", "empty", "--out", "o"], "no class folders"),
         (["optimize", "text.keras", "--data", "digits", "--train", "steps=0"], "out of range"),
+        (["optimize", "text.keras", "--data", "digits", "--train", "prune.sparsity=0.5"], "'- prune: {sparsity: 0.5}'"),
+        (["optimize", "text.keras", "--data", "nowhere"], "no data set, folder or .npz file of that name"),
         (["optimize", "text.keras", "--data", "digits", "--seed", "-1"], "The seed is out of range"),
         (["optimize", "text.keras", "--data", "digits", "--train-images", "-5"], "train images is out of range"),
         (["evaluate", "text.keras", "--data", "digits", "--test-images", "0"], "test images is out of range"),

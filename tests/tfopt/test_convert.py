@@ -16,7 +16,7 @@ from tfopt import convert, convert_worker, models, training
 from tfopt.errors import ConversionError, JobFailed, ModelError
 from tfopt.schemes import parse
 
-from .own_layers import Scaled
+from .own_layers import Scaled, bent
 
 #: a scheme -> the type of its input and output, and of its kernels.
 TYPES = {
@@ -449,3 +449,12 @@ def test_layers_of_the_users_own_are_exported_without_their_class(digits, traine
     )
     assert made["float32"].difference < 1e-5 and made["float32"].agreement == 1, made["float32"].reason
     assert made["int8"].within_tolerance, made["int8"].reason
+
+
+def test_an_activation_of_the_users_own_is_exported_without_its_function(digits, trained, tmp_path):
+    image = keras.Input(trained.spec.shape)
+    x = keras.layers.Conv2D(4, 3, activation=bent)(image)
+    model = keras.Model(image, keras.layers.Dense(10, activation="softmax")(keras.layers.Flatten()(x)))
+    models.save(model, tmp_path / "own.keras", trained.spec)
+    made = convert_all(tmp_path / "own.keras", trained.spec, ["float32"], tmp_path)
+    assert made["float32"].difference < 1e-5 and made["float32"].agreement == 1, made["float32"].reason

@@ -231,6 +231,19 @@ def test_classes_of_another_module_load_with_trust(tmp_path, monkeypatch):
         models.load(tmp_path / "m.keras", trust=True)
 
 
+def test_a_class_of_no_module_is_asked_for_in_one(tmp_path):
+    class Halved(layers.Layer):
+        def call(self, x):
+            return x / 2
+
+    net(Halved()).save(tmp_path / "m.keras")  # as Keras writes a class of the program's own file
+    edited(tmp_path / "m.keras", lambda c: c["config"]["layers"][1].update(module=None, registered_name="Halved"))
+    with pytest.raises(ModelError, match=r"Halved.*--trust"):
+        models.load(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match=r"Halved, of which the file does not say where.*a module of its own"):
+        models.load(tmp_path / "m.keras", trust=True)
+
+
 def test_classes_that_the_caller_registered_are_known(tmp_path):
     @keras.saving.register_keras_serializable("tfopt_tests")
     class Tripled(layers.Layer):

@@ -59,6 +59,7 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
     with pytest.raises(RecipeError) as caught:
         load_text(tmp_path, f"name: chain\nsteps: {steps}\nschemes: [int8]\n")
     assert message in str(caught.value)
+    assert ("Leave one qat out" in str(caught.value)) == (steps == ["qat", "qat"])
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,8 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
         ("steps: []", "has no name"),
         ("name: ../x\n", "not usable as a folder"),
         ("name: a\nstep: []\n", "Did you mean steps"),
+        ("name: a\nsteps:\nschemes: [int8]\n", "steps: []' for the model as it is"),
+        ("name: a\nsteps: {prune: {sparsity: 0.5}}\n", "are not a list"),
         ("name: a\nsteps: [prun]\n", "Did you mean prune"),
         ("name: a\nsteps: [{prune: {sparsty: 0.5}}]\n", "Did you mean sparsity"),
         ("name: a\nsteps: [{prune: {sparsity: 1.5}}]\n", "step 1 (prune)"),

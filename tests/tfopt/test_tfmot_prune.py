@@ -156,6 +156,29 @@ def test_settings_by_name_pattern_and_type(trained, digits, spec, tmp_path):
     assert any(skip.layer == "classes" and skip.detail == "sparsity 0" for skip in skipped)
 
 
+def test_the_name_of_a_nested_model_means_all_in_it(digits, spec, tmp_path):
+    part = keras.Sequential([keras.layers.Conv2D(8, 3), keras.layers.Conv2D(8, 3)], name="part")
+    whole = keras.Sequential([part, keras.layers.Flatten()], name="whole")
+    image = keras.Input(spec.shape)
+    model = keras.Model(
+        image, keras.layers.Dense(10, name="last")(whole(keras.layers.Conv2D(8, 3, name="first")(image)))
+    )
+    technique = Prune(sparsity=0.5, layers={"whole": 0.75}, train=SHORT)
+    found, _ = technique._choose(model)
+    wanted, _ = technique._allot(found, OptimizedModel(model, spec), Context(digits, tmp_path, model))
+    assert [wanted[kernel.key] for kernel in found] == [0.5, 0.75, 0.75, 0.5]
+    assert [kernel.layer for kernel in Prune(exclude=["part"])._choose(model)[0]] == ["first", "last"]
+
+
+def test_a_model_that_is_frozen_is_told_so(digits, spec, trained, tmp_path):
+    trained.model.trainable = False
+    try:
+        with pytest.raises(ModelRefused, match=r"can be pruned.*Set trainable = True on stem and"):
+            Prune(train=SHORT).apply(OptimizedModel(trained.model, spec), Context(digits, tmp_path, trained.model))
+    finally:
+        trained.model.trainable = True
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -82,7 +82,7 @@ def load(place: str | Path, progress: Progress | None = None) -> ImageData:
         raise DataError(
             "This file is not a data set", received=path, allowed="a folder of class folders, or an .npz file"
         )
-    raise unknown_name("data set or folder", text, CLASSES, error=DataError)
+    raise unknown_name("data set, folder or .npz file", text, CLASSES, error=DataError)
 
 
 def load_first(names: Sequence[str], progress: Progress | None = None) -> ImageData:

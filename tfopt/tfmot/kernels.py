@@ -1,7 +1,7 @@
 """Which weights of a model a technique may work on, decided on the neutral graph before any worker starts.
 
 A kernel is an array of multiplicands; scales, offsets, statistics and slopes are none. Settings are given by layer:
-a key is a layer's name, a pattern of names ('stage1_*') or a type ('DepthwiseConv2D').
+a key is a layer's name, a pattern of names ('stage1_*'), a type ('DepthwiseConv2D') or the name of a nested model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from mobile_bench.records import Skip
 from tfopt.errors import InputError, ModelRefused, unknown_name
+from tfopt.graph import flat_layers
 from tfopt.tfmot import bridge
 from tfopt.tfmot.neutral import Graph, Node, Weights
 
@@ -71,7 +72,7 @@ def choose(
     that fits no layer, ModelRefused where a weight is not a number or nothing is left.
     """
     graph, weights = bridge.describe(model)
-    types = {name: type(layer).__name__ for name, layer in bridge.named_layers(model)}
+    types = _types(model)
     check_names([*exclude, *named], graph, types)
     check_numbers(graph, weights)
     kernels, skipped = [], []
@@ -82,7 +83,7 @@ def choose(
         own = [Kernel(node.weights[i], node.source, node.kind, weights[node.weights[i]], names, node.config)
                for i in KERNELS.get(node.kind, ())]  # fmt: skip
         if not node.weights[0].rpartition(":")[2].isdigit():  # a constant of the bridge, no weight of the user's
-            skipped.append(Skip(node.source, "not a kernel layer", types.get(node.source, node.kind)))
+            skipped.append(Skip(node.source, "not a kernel layer", types.get(node.source, (node.kind,))[0]))
         elif not own:
             foreign = node.kind != "PReLU" and any(weights[key].ndim > 1 for key in node.weights)
             reason = "not supported by the technique" if foreign else "not a kernel layer"
@@ -99,7 +100,7 @@ def choose(
 def left_out(model: keras.Model, exclude: Sequence[str]) -> tuple[str, ...]:
     """The nodes with kernels that fit one of the names, patterns or types; InputError for one that none fits."""
     graph, _ = bridge.describe(model)
-    types = {name: type(layer).__name__ for name, layer in bridge.named_layers(model)}
+    types = _types(model)
     check_names(exclude, graph, types)
     found: dict[str, str] = {}
     for pattern in exclude:
@@ -118,14 +119,17 @@ def left_out(model: keras.Model, exclude: Sequence[str]) -> tuple[str, ...]:
 def check_any(kernels: Sequence[Kernel], model: keras.Model, exclude: Sequence[str], verb: str) -> None:
     """Raise ModelRefused where nothing is left to work on."""
     if not kernels:
+        frozen = [layer.name for layer in flat_layers(model) if layer.weights and not layer.trainable]
         raise ModelRefused(
             f"No layer of the model can be {verb}",
             received=f"{model.name}, exclude {', '.join(exclude) or 'nothing'}",
             allowed="layers with a dense or convolution kernel that may be trained",
-        )
+            next_step=f"Set trainable = True on {frozen[0]}" + (f" and {len(frozen) - 1} more" if frozen[1:] else "")
+            if frozen else None,
+        )  # fmt: skip
 
 
-def check_names(keys: Iterable[str], graph: Graph, types: Mapping[str, str]) -> None:
+def check_names(keys: Iterable[str], graph: Graph, types: Mapping[str, tuple[str, ...]]) -> None:
     """Raise InputError for a key that is no layer's name, fits none as a pattern and is no type of layer."""
     known = {name for node in graph.nodes for name in _names(node, types)} | set(KERNELS)
     for key in keys:
@@ -149,7 +153,20 @@ def _fits(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _names(node: Node, types: Mapping[str, str]) -> tuple[str, ...]:
-    """The user's name, the unique one, the type in the worker and the user's own type."""
-    own = types.get(node.weights[0].rpartition(":")[0], "") if node.weights else ""
-    return (node.source, node.name, node.kind, *([own] if own else []))
+def _types(model: keras.Model) -> dict[str, tuple[str, ...]]:
+    """The name that `bridge.describe` gives a layer -> its type and the nested models that it lies in."""
+    inside: dict[int, tuple[str, ...]] = {}
+    waiting = [(model, ())]
+    while waiting:
+        outer, names = waiting.pop()
+        for layer in outer.layers:
+            if hasattr(layer, "layers"):
+                waiting.append((layer, (*names, layer.name)))
+            inside.setdefault(id(layer), names)
+    return {name: (type(layer).__name__, *inside.get(id(layer), ())) for name, layer in bridge.named_layers(model)}
+
+
+def _names(node: Node, types: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The user's name, the unique one, the type in the worker, the user's own type and the nested models around it."""
+    own = types.get(node.weights[0].rpartition(":")[0], ()) if node.weights else ()
+    return (node.source, node.name, node.kind, *own)
