@@ -48,8 +48,8 @@ class Baseline:
 #: Kernels work on 16 to 64 channels at a time, so that a network which has hardly more gains little from fewer: the
 #: shipped ResNet-8 begins with 16, its double with 32.
 BASELINES = {
-    "resnet8-double-cifar10": Baseline("cifar10", 12, ("resnet8", "--width", "2", "--train", "epochs=24"), 16),
-    "mobilenet-full-fashion": Baseline("fashion_mnist", 3, ("mobilenet", "--train", "epochs=6"), 32),
+    "resnet8-double-cifar10": Baseline("cifar10", 8, ("resnet8", "--width", "2", "--train", "epochs=24"), 16),
+    "mobilenet-full-fashion": Baseline("fashion_mnist", 5, ("mobilenet", "--train", "epochs=6"), 32),
     "resnet8-cifar10-jpeg": Baseline("cifar10", 20),
     "mobilenet-fashion": Baseline("fashion_mnist", 8),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +16,7 @@ from rich.table import Table
 from mobile_bench.cli_support import run_app
 from mobile_bench.records import SCHEMA_VERSION, Target
 from tfopt import precheck_command, sensitivity_command, xray
+from tfopt.cli_support import bar, console, kept_when_interrupted, load_data, note, training_changes, watching
 from tfopt.latency import command as latency
 from tfopt.quiet import native_chatter_to_log
 from tfopt.rescue import command as rescue
@@ -38,7 +38,6 @@ A first look:
     tfopt report saved_models/mine                          one HTML file to send around
 """,
 )
-console = Console(stderr=True)  # looks up sys.stderr at each use
 
 Data = Annotated[
     str, typer.Option(help="fashion_mnist, cifar10, cifar100, mnist, digits, a folder of class folders, or an .npz")
@@ -101,13 +100,13 @@ def train(
     from tfopt.training import TrainConfig
 
     baselines.check_place(out, replace=force)
-    found = _load_data(data)
-    changes = _training(training).get("*", {})
+    found = load_data(data)
+    changes = training_changes(training).get("*", {})
     base = dataclasses.asdict(baselines.DEFAULT_TRAINING)
     if {"steps", "epochs"} & set(changes):
         base.update(steps=None, epochs=None)
     config = TrainConfig.from_dict({**base, **changes})
-    with _bar(f"training {architecture}") as progress:
+    with bar(f"training {architecture}") as progress:
         card = baselines.train(
             architecture,
             found,
@@ -228,9 +227,9 @@ def demo(
     from tfopt import demo as demo_study
     from tfopt.api import run_study
 
-    images, models = demo_study.prepare(data, progress=_note)
+    images, models = demo_study.prepare(data, progress=note)
     out = out or Path("saved_models") / f"demo-{images.name}"
-    with _watch() as on_event:
+    with watching() as on_event:
         made = run_study(models, images, demo_study.RECIPES, out=out, training=demo_study.TRAINING, on_event=on_event)
     _show(made, as_json)
     if not as_json:
@@ -274,7 +273,7 @@ def convert(
     count = int(calibration_images) if calibration_images.isdecimal() else calibration_images
     written = commands.convert_all(
         model, scheme, out, data, input_spec, trust, calibration_images=count, ranges=calibration_ranges, fix=fix,
-        on_line=_note,
+        on_line=note,
     )  # fmt: skip
     if as_json:
         # The first file's facts stand at the top as well: one scheme is the common case.
@@ -311,7 +310,7 @@ def evaluate(
     """
     from tfopt import commands
 
-    with _bar("evaluating") as progress:
+    with bar("evaluating") as progress:
         found = commands.evaluate_one(file, data, reference, test_images, input_spec, trust, progress=progress)
     if as_json:
         _print_json({"schema_version": SCHEMA_VERSION, **found})
@@ -378,11 +377,11 @@ def _study(
 ):
     from tfopt.api import run_study
 
-    changes = _training(training)
-    images = _load_data(data)
+    changes = training_changes(training)
+    images = load_data(data)
     if train_images is not None or test_images is not None:
         images = images.limited(train=train_images, test=test_images)
-    with _kept_when_interrupted(out), _watch() as on_event:
+    with kept_when_interrupted(out), watching() as on_event:
         made = run_study(
             models,
             images,
@@ -401,15 +400,6 @@ def _study(
     _show(made, as_json)
     if any(entry.variant.status != "ok" for entry in made.asked):
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _kept_when_interrupted(out: Path):
-    try:
-        yield
-    except KeyboardInterrupt:
-        _note(f"{out} keeps what is finished, each step by itself; the same command goes on from there")
-        raise
 
 
 def _show(made, as_json: bool) -> None:
@@ -438,82 +428,12 @@ def _show(made, as_json: bool) -> None:
         page.print(made.record.data["note"], highlight=False)
 
 
-def _load_data(place: str):
-    from tfopt import data
-
-    with console.status(f"reading {place}"):
-        return data.load(place)
-
-
-def _training(items: list[str] | None) -> dict[str, dict]:
-    """['steps=100', 'prune.steps=50'] to {'*': {'steps': 100}, 'prune': {'steps': 50}}."""
-    from tfopt.errors import InputError, unknown_name
-    from tfopt.technique import techniques
-
-    changes: dict[str, dict] = {}
-    for item in items or []:
-        for part in item.split(","):
-            key, equals, value = part.strip().partition("=")
-            technique, dot, name = key.rpartition(".")
-            if not equals or not name:
-                raise InputError(
-                    "A training setting is not KEY=VALUE", received=repr(part), allowed="steps=200, prune.steps=100"
-                )
-            if dot and technique not in techniques():
-                raise unknown_name("technique", technique, techniques())
-            if dot and name != "train" and name in techniques()[technique].__dataclass_fields__:
-                raise InputError(
-                    f"{name} is a setting of {technique} itself, and --train changes how it is trained", received=part,
-                    next_step=f"Write a recipe with '- {technique}: {{{name}: {value}}}', and name its file",
-                )  # fmt: skip
-            changes.setdefault(technique or "*", {})[name] = _value(value)
-    return changes
-
-
-def _value(text: str):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def _command() -> str:
     return " ".join(["tfopt", *sys.argv[1:]])
 
 
 def _print_json(value: dict) -> None:
     sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _note(text: str) -> None:
-    console.print(f"  {text}", style="dim", highlight=False)
-
-
-def _watch():
-    from contextlib import contextmanager
-
-    from tfopt.progress import StudyProgress
-
-    @contextmanager
-    def watch():
-        with StudyProgress(console) as progress:
-            yield progress.on_event
-
-    return watch()
-
-
-def _bar(label: str):
-    from contextlib import contextmanager
-
-    from tfopt.plan import Event
-    from tfopt.progress import StudyProgress
-
-    @contextmanager
-    def bar():
-        with StudyProgress(console) as progress:
-            yield lambda done, total, facts: progress.on_event(Event("step", "", label, done, total, facts=facts))
-
-    return bar()
 
 
 def main() -> None:

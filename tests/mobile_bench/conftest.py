@@ -1,14 +1,19 @@
-"""A real delegate, a real GPU runtime and a made-up /sys for the tests of this folder."""
+"""A real delegate, a real GPU runtime, a real sshd and a made-up /sys for the tests of this folder."""
 
 import ctypes.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+
+from mobile_bench.records import Connection
+
+from .ssh_board import serving
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,25 @@ def machine(tmp_path):
     yield tmp_path
     stop.set()
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture
+def board(sshd, tmp_path, monkeypatch):
+    """A connection to it that works, with a work folder of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    place = tmp_path / "board"
+    place.mkdir()
+    return Connection(
+        f"{subprocess.check_output(['id', '-un'], text=True).strip()}@127.0.0.1", sshd.port, str(sshd.folder / "key"),
+        str(sshd.folder / "known_hosts"), str(place), sys.executable,
+    )  # fmt: skip
