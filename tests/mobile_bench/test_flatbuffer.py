@@ -328,11 +328,13 @@ def test_damaged_bytes_cause_no_other_error(tiny, name):
 
 def test_every_word_of_a_file_may_lie(tiny):
     content = tiny.path("self_calling").read_bytes()
+    refused = 0
     for place in range(0, len(content), 2):
         for form, word in (("<I", 0), ("<I", 2**31 - 1), ("<I", 2**32 - 1), ("<H", 0xFFFF), ("<H", 4), ("<i", -place)):
             damaged = bytearray(content + b"\0\0\0\0")
             struct.pack_into(form, damaged, place, word)
-            reads_or_refuses(bytes(damaged))
+            refused += reads_or_refuses(bytes(damaged)) is None
+    assert refused > len(content) / 2
 
 
 def field(content, table, number):
