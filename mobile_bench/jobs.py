@@ -30,7 +30,9 @@ OnProgress = Callable[[dict], None]
 #: With this argument a child ends when its standard input closes.
 FOLLOW_PARENT = "--end-with-parent"
 #: What TensorFlow says of itself at each start.
-_CHATTER = re.compile(r"WARNING: All log messages before absl|I\d{4} |I0000 |To enable the following instructions")
+_CHATTER = re.compile(
+    r"WARNING: All log messages before absl|I\d{4} |E\d{4} .*cuInit|To enable the following instructions"
+)
 _LOG_LINES, _LOG_CHARACTERS = 8, 1500
 
 

@@ -297,7 +297,8 @@ def evaluate(
     file: Annotated[Path, typer.Argument(help="A .tflite, or a .keras file")],
     data: Annotated[str, typer.Option(help="NAME|PATH[:SPLIT], split test by default: fashion_mnist:validation")],
     reference: Annotated[
-        Path | None, typer.Option(help="The Keras model to agree with; model.keras beside FILE by default")
+        Path | None,
+        typer.Option(help="The Keras model to agree with. By default that beside FILE, in simulated int8 after qat"),
     ] = None,
     test_images: TestImages = None,
     input_spec: InputSpecOption = None,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import keras
 
-from tfopt.errors import ModelRefused
+from tfopt.rebuild import Rebuild, View, check_names
 
 
 def calls(model: keras.Model) -> Iterator[tuple[keras.Operation, tuple, tuple]]:
@@ -35,7 +35,7 @@ def count_parameters(model: keras.Model) -> int:
 
 
 def count_macs(model: keras.Model) -> int:
-    """Multiply-accumulates of one image through every kernel layer (convolutions and dense)."""
+    """Multiply-accumulates of one image through every kernel layer (convolutions, dense, multi-head attention)."""
     return sum(macs for _, macs in macs_of_calls(model))
 
 
@@ -56,6 +56,13 @@ def _macs(layer, before: tuple, after: tuple) -> int:
     if isinstance(layer, (kinds.Conv1D, kinds.Conv2D, kinds.Conv3D, kinds.DepthwiseConv2D, kinds.DepthwiseConv1D)):
         # A kernel holds (…, channels in / groups, channels out): each weight is used once a position.
         return _positions(after) * math.prod(layer.kernel.shape)
+    if isinstance(layer, kinds.MultiHeadAttention):
+        places = _positions(before)  # of the query; keys and values are taken to be as many
+        projections = (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
+        products = places * layer.num_heads * (layer.key_dim + layer.value_dim)
+        return places * (sum(math.prod(part.kernel.shape) for part in projections) + products)
+    if isinstance(layer, kinds.EinsumDense) and None in after:  # it does not say what stays as it is
+        return _positions(before) * math.prod(layer.kernel.shape)
     if isinstance(layer, (kinds.Dense, kinds.EinsumDense)):
         return math.prod(after[:-1]) * math.prod(layer.kernel.shape)
     return 0
@@ -77,40 +84,25 @@ def flat_layers(model: keras.Model) -> list[keras.Layer]:
 def rewrite(model: keras.Model, replacements: dict[str, list[keras.Layer]] | None = None) -> keras.Model:
     """A copy of the model, weights included, in which each named layer is a chain of other layers.
 
-    replacements: layer name -> the new layers, applied one after the other; their weights are theirs.
+    replacements: layer name -> the new layers, applied one after the other; their weights are theirs. Nested models
+    stay nested, and are entered. Raises ModelRefused where two layers have one name.
     """
-    replacements = replacements or {}
-    names = [layer.name for layer in flat_layers(model)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ModelRefused(
-            "Two layers of the model have the same name, so its weights cannot be told apart",
-            received=", ".join(twice[:3]),
-            next_step="Give the layers of nested models names of their own",
-        )
+    view, replacements = View(model), replacements or {}
+    check_names(view)
 
-    def call(layer, *args, **kwargs):
-        chain = replacements.get(layer.name)
-        if chain is None:
-            return layer(*args, **kwargs)
-        value = args[0]
-        for link in chain:
-            value = link(value)
-        return value
+    def chain(links: list[keras.Layer]):
+        def call(rebuild: Rebuild, node):
+            value = rebuild.value(node.input_tensors[0])
+            for link in links:
+                value = link(value)
+            return value
 
-    graph = (
-        keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-        if isinstance(model, keras.Sequential)
-        else model
-    )
-    with uncompiled(graph):
-        copy = keras.models.clone_model(graph, clone_function=_clone, call_function=call, recursive=True)
-    targets = {layer.name: layer for layer in flat_layers(copy)}
-    for layer in flat_layers(model):
-        if layer.name in targets and layer.name not in replacements:
-            targets[layer.name].set_weights(layer.get_weights())
-    finish_normalizations(copy)
-    return copy
+        return call
+
+    changes = {
+        id(node): chain(replacements[node.operation.name]) for node in view.nodes if node.operation.name in replacements
+    }
+    return Rebuild(view, changes).model()
 
 
 def in_float32(model: keras.Model) -> keras.Model:
@@ -155,7 +147,3 @@ def uncompiled(model: keras.Model) -> Iterator[None]:
         yield
     finally:
         model.compiled, model.optimizer = compiled, optimizer
-
-
-def _clone(layer):
-    return layer.__class__.from_config(layer.get_config())

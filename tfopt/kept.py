@@ -86,16 +86,12 @@ def kernels(model) -> list[KernelWeights]:
 
 def measure(tflite: str | Path | bytes, kernels: list[KernelWeights]) -> tuple[LayerKept, ...]:
     """Each kernel as it is in the file. Raises what `read_model` raises."""
-    stored_kernels = _stored(tflite)
     rows = []
-    for kernel in kernels:
+    for kernel, file in zip(kernels, _matched(kernels, _stored(tflite)), strict=True):
         own = kernel.values
         zero = own == 0
         row = LayerKept(kernel.layer, own.size, int(zero.sum()), distinct(own), found=False)
-        same = [(_distance(own, other), n) for n, other in enumerate(stored_kernels) if other.shape == own.shape]
-        nearest = min(same, default=(np.inf, -1))
-        if nearest[0] <= _NEAR:
-            file = stored_kernels[nearest[1]]
+        if file is not None:
             row = LayerKept(
                 kernel.layer, own.size, row.keras_zeros, row.keras_values, int(np.sum(file == 0)), distinct(file),
                 max(distinct(channel) for channel in file), int(np.sum(zero & (file != 0))),
@@ -169,6 +165,25 @@ def _constant(node: Node, packed: dict[int, np.ndarray]) -> np.ndarray | None:
         return None
     zero = tensor.zero_points[0] if len(tensor.zero_points) == 1 else 0
     return values.astype(np.float32) - zero
+
+
+def _matched(kernels: list[KernelWeights], stored_kernels: list[np.ndarray]) -> list[np.ndarray | None]:
+    """The stored kernel of each Keras kernel, each at most once.
+
+    A kernel with one weight a channel has no direction but its sign, so that its zeros must tell.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    found: list[np.ndarray | None] = [None] * len(kernels)
+    for shape in {kernel.values.shape for kernel in kernels}:
+        own = [n for n, kernel in enumerate(kernels) if kernel.values.shape == shape]
+        other = [array for array in stored_kernels if array.shape == shape]
+        apart = np.array([[_distance(kernels[n].values, array) for array in other] for n in own]).reshape(len(own), -1)
+        lost = np.array([[np.mean((kernels[n].values == 0) & (array != 0)) for array in other] for n in own])
+        for row, column in zip(*linear_sum_assignment(np.minimum(apart, 1.0) + _NEAR * lost.reshape(apart.shape))):
+            if apart[row, column] <= _NEAR:
+                found[own[row]] = other[column]
+    return found
 
 
 def _distance(own: np.ndarray, other: np.ndarray) -> float:

@@ -150,6 +150,11 @@ def _parse(text: str, origin: str) -> Recipe:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError("The recipe is not YAML", received=f"{origin} ({' '.join(str(error).split())})") from error
+    if isinstance(values, dict) and isinstance(values.get("name"), (int, float)):  # bool among them: 'name: on'
+        raise RecipeError(
+            "The recipe's name is not text", received=f"{origin}: {values['name']!r}", allowed="name: my_recipe",
+            next_step="Put it in quotes",
+        )  # fmt: skip
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         raise RecipeError(
             "The recipe has no name", received=origin, allowed="name, description, steps, schemes",

@@ -5,7 +5,7 @@ unpacks int8 weights for int8 convolutions only: with those of a FULLY_CONNECTED
 it refuses the whole file ("failed to delegate", LiteRT 2.3, xnnpack_delegate.cc: there it reads the packed tensor).
 
 Nor is what the converter packs always what it was given: where it packs blocks of 4 or 16 inputs and their number is
-not a multiple of that, it drops the rest of each row (TensorFlow 2.21; DENSIFY gives zeros there).
+not a multiple of that, it drops the rest of each row, or goes past its end (TensorFlow 2.21).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 _CSR = 1
 _REFUSED = "LiteRT's XNNPACK takes sparse int8 weights for int8 convolutions only"
-_CUT = "the converter packs them in blocks and would lose the end of each row"
+_CUT = "the converter packs them in blocks that do not fit into a row"
 
 
 def sparsified(content: bytes) -> tuple[bytes, list[str]]:
@@ -48,12 +48,13 @@ def _dense_again(sparse: bytes, dense: bytes) -> tuple[bytes, list[str]]:
         if index < 0 or packed.sparsity is None:
             continue
         data = whole.buffers[whole_graph.tensors[original.inputs[1]].buffer].data
-        dynamic = graph.tensors[operator.inputs[0]].type == schema.TensorType.FLOAT32
+        image = operator.inputs[2 if code_of(operator) == kinds.TRANSPOSE_CONV else 0]
+        dynamic = graph.tensors[image].type == schema.TensorType.FLOAT32
         refused = weight.type == schema.TensorType.INT8 and (dynamic or code_of(operator) == kinds.FULLY_CONNECTED)
         dense_values = stand_for.get(packed_index)
         if refused and index in unpacking:
             why[index] = _REFUSED
-        elif dense_values is not None and not _same(dense_values, data):
+        elif dense_values is None or not _same(dense_values, data):
             why[index] = _CUT
         else:
             continue
@@ -73,7 +74,7 @@ def unpacked(content: bytes) -> dict[int, np.ndarray]:
 
     A constant's numbers lie in the order of `traversalOrder`; where a level is CSR, only some places of it are there.
     The levels past the tensor's own dimensions are places within a block, whose dimensions `blockMap` names
-    (schema.fbs, SparsityParameters).
+    (schema.fbs, SparsityParameters). Left out: those of other types, and those that name places outside the tensor.
     """
     from ai_edge_litert import schema_py_generated as schema
 
@@ -86,6 +87,8 @@ def unpacked(content: bytes) -> dict[int, np.ndarray]:
             continue
         values = np.frombuffer(np.asarray(packed, np.uint8).tobytes(), types[tensor.type])
         places = _places(tensor.sparsity, len(tensor.shape))
+        if np.any(tensor.shape <= places.T) or places.shape[1] > len(values):
+            continue
         found[index] = dense = np.zeros(tensor.shape, values.dtype)
         dense[tuple(places)] = values[: places.shape[1]]
     return found

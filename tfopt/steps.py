@@ -7,6 +7,7 @@ second run, finds it there and trains nothing.
     KEY/{model.keras, step.json}          the model after the step, and its report
     KEY/quantized.*                       what quantization-aware training leaves for the converter
     KEY/classes-{FINGERPRINT}.npy         the classes this Keras model names on the test split
+    KEY.log                               what the child process of a step said that failed
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mobile_bench.errors import JobFailed
 from mobile_bench.files import atomic_path, cannot_write, sha256_of, write_json
 from mobile_bench.inputs import InputSpec
 from mobile_bench.records import StepReport, from_dict, to_dict
@@ -156,7 +158,7 @@ def run(
     progress: Callable[[int, int, dict], None] | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> StepResult:
-    """One step, found or made. Raises whatever the technique raises; leaves nothing half-written."""
+    """One step, found or made. Raises whatever the technique raises; of a failed job only its log stays."""
     known = find(folder, key)
     if known:
         return known
@@ -168,6 +170,12 @@ def run(
         )
         optimized, report = technique.apply(before.open(spec), context)
         return _keep(folder, key, optimized, (*before.reports, report))
+    except JobFailed as problem:
+        log, kept = work / "log.txt", folder / f"{key}.log"
+        if log.is_file() and problem.next_step:
+            shutil.move(log, kept)
+            problem.next_step = problem.next_step.replace(str(log), str(kept))
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

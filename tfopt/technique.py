@@ -162,6 +162,14 @@ def techniques() -> dict[str, type[Technique]]:
     return dict(_REGISTRY)
 
 
+def names_of(setting: str, value: object) -> tuple[str, ...]:
+    """Names, patterns or types of layers as a setting takes them: one, or a list. Raises InputError for others."""
+    value = (value,) if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+        raise InputError(f"{setting} is no list of layers", received=repr(value), allowed="names, patterns and types")
+    return tuple(value)
+
+
 def make(name: str, settings: dict) -> Technique:
     """A technique from what a recipe says; raises RecipeError for unknown names and settings."""
     known = techniques()

@@ -48,8 +48,20 @@ class Workshop:
             "source": model.source, "spec_from": self.loaded.spec_from, "scaling": self.spec.scaling, "key": model.key,
             "validation_top1": validation, "parameters": self.base.parameters, "macs": self.base.macs,
         }  # fmt: skip
-        latest = store.read_study(out).record
+        latest = store.read_study(out)
+        if known and known.get("key") != model.key:
+            self._tell_of_others(latest)
+        latest = latest.record
         store.write_study(out, dataclasses.replace(latest, models={**latest.models, model.name: facts}))
+
+    def _tell_of_others(self, latest: store.Study) -> None:
+        """Say which variants of another model of this name stay beside those that are made now."""
+        own = [entry.variant.name for entry in latest.entries if entry.variant.model == self.model.name]
+        asked = {entry.variant.name for entry in latest.asked}
+        stale = [name for name in own if name not in asked]
+        if stale:
+            what = f"warning: {self.out} keeps variants of another model of this name: {', '.join(stale)}"
+            self.say(Event("note", self.model.name, text=f"{what}. Choose another --out, or remove their folders"))
 
     def make(self, jobs: list[tuple[Recipe, list[str]]]) -> None:
         """Train here, one recipe after the other, while a thread exports and attests those that are trained.

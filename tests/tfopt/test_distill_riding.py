@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tfopt
-from tfopt import builders, models, steps
+from tfopt import builders, graph, models, steps
 from tfopt.distillation import students, teachers
 from tfopt.distillation.settings import Distillation, Teacher
 from tfopt.errors import InputError, ModelRefused, RecipeError
@@ -63,6 +63,14 @@ def test_two_teachers_of_one_name_are_told_apart(spec, trained, tmp_path):
         models.save(trained.model, path, spec)
     panel = teachers.load(Distillation(teachers=[Teacher(str(path)) for path in paths]), trained.model, spec)
     assert [teacher.name for teacher in panel] == list(map(str, paths))
+
+
+def test_a_teacher_whose_weights_are_no_numbers_is_refused(spec, trained, tmp_path):
+    teacher = graph.rewrite(trained.model)
+    teacher.get_layer("stem").kernel.assign(np.full(teacher.get_layer("stem").kernel.shape, np.nan, np.float32))
+    models.save(teacher, tmp_path / "broken.keras", spec)
+    with pytest.raises(ModelRefused, match=r"broken.keras cannot be used.*Layer stem .* not finite"):
+        teachers.load(Distillation(teachers=[Teacher(str(tmp_path / "broken.keras"))]), trained.model, spec)
 
 
 def test_zeros_stay_and_any_teacher_answers_where_tfmot_trains(digits, spec, trained, tmp_path):

@@ -37,6 +37,19 @@ def test_a_low_rank_kernel_is_found_and_the_model_really_shrinks(digits, spec, t
         np.testing.assert_array_equal(old, new)
 
 
+def test_layers_of_nested_models_are_decomposed(digits, spec, tmp_path):
+    keras.utils.set_random_seed(0)
+    head = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(32, name="wide")], name="head")
+    image = keras.Input(spec.shape)
+    model = keras.Model(image, keras.layers.Dense(10, activation="softmax", name="last")(head(image)))
+    short = TrainConfig(steps=2, batch_size=16, evaluations=1, validation_images=20)
+    result, report = Factorize(rank_ratio=0.1, exclude=("last",), train=short).apply(
+        OptimizedModel(model, spec), Context(digits, tmp_path, model)
+    )
+    assert report.touched == ("wide",) and report.macs_after < report.macs_before / 2
+    assert "head" in [layer.name for layer in result.model.layers]
+
+
 def test_excluded_layers_are_reported(digits, spec, trained, tmp_path):
     choice, skipped = planned(trained, digits, spec, tmp_path, rank_ratio=0.3, exclude=("stage3*",))
     excluded = {skip.layer for skip in skipped if skip.reason == "excluded by the recipe"}

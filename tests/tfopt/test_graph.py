@@ -35,6 +35,18 @@ def test_macs_by_hand():
     assert graph.count_macs(model) == grouped + depthwise + transposed + dense
 
 
+def test_a_size_that_einsum_leaves_open_is_counted():
+    rows = keras.Input((8, 6))
+    open_ended = keras.layers.EinsumDense("abc,cd->abd", output_shape=(None, 5))(rows)
+    assert graph.count_macs(keras.Model(rows, open_ended)) == 8 * 6 * 5
+
+
+def test_attention_counts_its_projections_and_products():
+    rows = keras.Input((8, 6))
+    model = keras.Model(rows, keras.layers.MultiHeadAttention(2, 4, value_dim=3)(rows, rows))
+    assert graph.count_macs(model) == 8 * 6 * 2 * (4 + 4 + 3 + 3) + 8 * 8 * 2 * (4 + 3)
+
+
 def test_shared_and_nested_layers_count_at_each_call():
     shared = keras.layers.Dense(6, name="shared")
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, name="inside")], name="inner")
@@ -53,6 +65,23 @@ def test_rewrite_copies_weights_and_replaces_by_name():
     longer = graph.rewrite(model, {"a": [keras.layers.Dense(7, name="a1"), keras.layers.Dense(3, name="a2")]})
     assert [layer.name for layer in graph.flat_layers(longer)] == ["a1", "a2", "b"]
     np.testing.assert_array_equal(longer.get_layer("b").get_weights()[0], model.get_layer("b").get_weights()[0])
+
+
+def test_rewrite_enters_nested_models():
+    part = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a")], name="part")
+    image = keras.Input((4,))
+    inner = keras.Model(image, keras.layers.Dense(4, name="b")(image), name="inner")
+    model = keras.Model(image, part(inner(inner(image))))
+    thin = graph.rewrite(
+        model,
+        {
+            "b": [keras.layers.Dense(1, name="b1"), keras.layers.Dense(4, name="b2")],
+            "a": [keras.layers.Dense(2, name="a1"), keras.layers.Dense(3, name="a2")],
+        },
+    )
+    assert [layer.name for layer in graph.flat_layers(thin)] == ["b1", "b2", "a1", "a2"]
+    assert [layer.name for layer in thin.layers[1:]] == ["inner", "part"]
+    assert graph.count_macs(thin) == 2 * (4 + 4) + 8 + 6
 
 
 def test_copies_keep_what_a_normalization_was_adapted_to():

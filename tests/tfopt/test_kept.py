@@ -12,6 +12,7 @@ from mobile_bench.inputs import InputSpec
 from tfopt import convert, kept, models
 from tfopt.errors import ConversionError
 from tfopt.sparse import unpacked
+from tfopt.xray import random_images
 
 SCHEMES = ("float32", "int8", "float32_sparse", "int8_sparse")
 
@@ -43,8 +44,6 @@ def net():
 
 @pytest.fixture(scope="module")
 def files(net, tmp_path_factory):
-    from tfopt.xray import random_images
-
     out = tmp_path_factory.mktemp("kept")
     spec = InputSpec(12, 12, 3)
     models.save(net, out / "net.keras", spec)
@@ -83,6 +82,42 @@ def test_a_lost_zero_and_a_new_value_are_errors(net, files):
     fewer = kept.KernelWeights("conv", merged)
     with pytest.raises(ConversionError, match="Layer conv has more values in the file than it has clusters"):
         kept.check(kept.measure(files["int8"], [fewer]), sparse=True, clustered=True)
+
+
+def test_blocks_longer_than_a_row_are_not_stored(tmp_path):
+    """12 inputs, which the converter would pack as a block of 16."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((8, 8, 3))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(12, 3, activation="relu", name="conv")(image))
+    model = keras.Model(image, layers.Dense(64, use_bias=False, name="dense")(x))
+    (kernel,) = model.get_layer("dense").get_weights()
+    model.get_layer("dense").set_weights([kernel * (np.arange(64) % 4 == 0)])
+    spec = InputSpec(8, 8, 3)
+    models.save(model, tmp_path / "net.keras", spec)
+    images = random_images(spec, 16)
+    (made,) = convert.convert(
+        tmp_path / "net.keras", spec, ["int8_tensor_sparse"], tmp_path, calibration=images, work=tmp_path
+    )
+    assert made.path, made.reason
+    assert any("stored densely" in note for note in made.notes) and made.within_tolerance
+
+
+def test_kernels_of_one_weight_a_channel_are_told_apart_by_their_zeros(tmp_path):
+    keras.utils.set_random_seed(0)
+    image = keras.Input((8, 8, 3))
+    thin = [layers.Conv2D(1, 1, name=f"thin{n}")(image) for n in range(2)]
+    wide = [layers.Conv2D(24, 1, name=f"wide{n}")(x) for n, x in enumerate(thin)]
+    model = keras.Model(image, layers.Dense(3)(layers.GlobalMaxPooling2D()(layers.Add()(wide))))
+    for n in range(2):  # every second channel of one, a quarter of the other
+        kernel, bias = model.get_layer(f"wide{n}").get_weights()
+        kernel[..., n :: 2 + 2 * n] = 0
+        model.get_layer(f"wide{n}").set_weights([kernel, bias])
+    spec = InputSpec(8, 8, 3)
+    models.save(model, tmp_path / "net.keras", spec)
+    (made,) = convert.convert(tmp_path / "net.keras", spec, ["float32"], tmp_path, work=tmp_path)
+    for kernels in (kept.kernels(model), kept.kernels(model)[::-1]):
+        rows = {row.layer: row for row in kept.measure(made.path, kernels)}
+        assert [rows[f"wide{n}"].zeros for n in range(2)] == [12, 6] and not any(row.lost for row in rows.values())
 
 
 def test_a_kernel_that_is_not_there_says_so(files):

@@ -248,11 +248,11 @@ def test_ranks_share_out_a_budget_of_macs():
     thick.set_weights([RANDOM.normal(size=(3, 3, 24, 24)), np.zeros(24)])
     layers = [factorable(layer, keras.Sequential([keras.Input((8, 8, 24)), layer])) for layer in (thin, thick)]
     whole = sum(layer.macs for layer in layers)
-    choice = search.under_macs(layers, lambda layer: ("channel", "spatial"), 0.6 * whole)
+    choice = search.under_macs(layers, lambda layer: ("channel", "spatial"), 0.8, whole, 2 * whole)
     left = {layer.name: choice.candidates[layer.name].macs if layer.name in choice.candidates else layer.macs
             for layer in layers}  # fmt: skip
-    assert sum(left.values()) <= 0.6 * whole
+    assert sum(left.values()) + whole <= 0.8 * 2 * whole
     assert left["thin"] < 0.5 * left["thick"]
     assert choice.candidates["thin"].error < 1e-6
-    with pytest.raises(InputError, match="cannot be reached"):
-        search.under_macs(layers, lambda layer: ("channel",), 1)
+    with pytest.raises(InputError, match=r"cannot be reached. Received: 0.4 of the model's MACs. Allowed: 0.5\d* of"):
+        search.under_macs(layers, lambda layer: ("channel",), 0.4, whole, 2 * whole)

@@ -66,6 +66,10 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
     ("text", "message"),
     [
         ("steps: []", "has no name"),
+        ("name: 5\n", "Put it in quotes"),
+        ("name: a\nsteps: [{prune: {exclude: [3]}}]\n", "exclude is no list of layers"),
+        ("name: a\nsteps: [{qat: {exclude: 3}}]\n", "exclude is no list of layers"),
+        ("name: a\nsteps: [{cluster: {layers: {3: 8}}}]\n", "not a table"),
         ("name: ../x\n", "not usable as a folder"),
         ("name: a\nstep: []\n", "Did you mean steps"),
         ("name: a\nsteps:\nschemes: [int8]\n", "steps: []' for the model as it is"),

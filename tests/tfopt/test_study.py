@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ import tfopt
 from mobile_bench import interrupts, store
 from mobile_bench.errors import Problem
 from mobile_bench.records import Target
-from tfopt import commands, plan, steps
+from tfopt import commands, models, plan, steps
 
 RECIPE = """
 name: small
@@ -248,6 +249,32 @@ def test_an_error_that_an_interrupt_became_ends_the_study(trained_file, digits, 
     finally:
         interrupts._asked.clear()
     assert not any(entry.variant for entry in store.read_study(tmp_path / "out").entries)
+
+
+def test_variants_of_another_model_of_the_name_are_told_of(trained_file, digits, tmp_path):
+    few, events = digits.limited(100, 60), []
+    recipes = [tmp_path / f"{name}.yaml" for name in "ab"]
+    for recipe in recipes:
+        recipe.write_text(f"name: {recipe.stem}\nschemes: [float32]\n")
+    tfopt.run_study([trained_file], few, [recipes[0]], out=tmp_path / "out", targets=())
+    other = keras.models.load_model(trained_file)
+    other.layers[-1].set_weights([array * 0.5 for array in other.layers[-1].get_weights()])
+    (tmp_path / "other").mkdir()
+    models.save(other, tmp_path / "other" / trained_file.name, models.load(trained_file).spec)
+    again = [tmp_path / "other" / trained_file.name]
+    tfopt.run_study(again, few, [recipes[1]], out=tmp_path / "out", targets=(), on_event=events.append)
+    (told,) = [event.text for event in events if "another model of this name" in event.text]
+    assert "a-float32" in told and "b-float32" not in told
+
+
+def test_the_log_of_a_failed_job_stays(trained_file, digits, tmp_path):
+    (tmp_path / "r.yaml").write_text("name: r\nsteps: [prune]\nschemes: [float32]\n")
+    made = tfopt.run_study(
+        [trained_file], digits, [tmp_path / "r.yaml"], out=tmp_path / "out", targets=(), step_minutes=0.01
+    )
+    reason = made.entries[0].variant.reason
+    assert "longer than its limit" in reason
+    assert Path(re.search(r"The whole log is (\S+\.log)", reason)[1]).is_file()
 
 
 def test_what_a_killed_process_left_is_removed(trained_file, digits, tmp_path):

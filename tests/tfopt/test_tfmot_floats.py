@@ -22,6 +22,8 @@ from tfopt.techniques.quantize import QuantizeAware
 from tfopt.tfmot import client, foresight
 from tfopt.training import TrainConfig, classify
 
+from .own_layers import Scaled
+
 BRIEF = TrainConfig(steps=4, batch_size=16, learning_rate=1e-4, evaluations=1, validation_images=20)
 
 
@@ -47,6 +49,19 @@ def test_a_strict_step_refuses_before_it_trains(digits, tmp_path):
     assert not stages
     with pytest.raises(InputError, match="strict"):
         QuantizeAware(strict="yes")
+
+
+def test_a_registered_layer_of_the_users_is_foreseen():
+    image = keras.Input((8, 8, 3))
+    x = Scaled(0.5, name="own")(keras.layers.Conv2D(4, 3, name="first")(image))
+    model = keras.Model(image, keras.layers.Dense(3, name="last")(keras.layers.Flatten()(x)))
+    found = by_layer(foresight.foresee(model, InputSpec(8, 8, 3)))
+    assert [found[name].becomes for name in ("first", "own", "last")] == ["int8"] * 3
+
+
+def test_leaving_out_every_layer_is_refused(spec, trained):
+    with pytest.raises(ModelRefused, match="Every layer with a kernel is left out"):
+        QuantizeAware(exclude=["*"], train=BRIEF).check_layers(trained.model, spec)
 
 
 @pytest.mark.slow

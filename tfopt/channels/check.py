@@ -11,8 +11,8 @@ import numpy as np
 
 from tfopt.channels.cut import by_layer
 from tfopt.channels.dependencies import Dependencies
-from tfopt.fixes.rebuild import Rebuild, View, graph_of
 from tfopt.graph import flat_layers
+from tfopt.rebuild import Rebuild, View, graph_of
 
 #: Of the size of the outputs: what float32 rounds in a deep network stays below it.
 TOLERANCE = 1e-5

@@ -14,8 +14,8 @@ from mobile_bench.records import Skip
 from tfopt.channels.dependencies import Dependencies, Use
 from tfopt.channels.ids import Keep
 from tfopt.errors import InputError, ModelRefused
-from tfopt.fixes.rebuild import Rebuild, View
 from tfopt.graph import count_macs, count_parameters, flat_layers
+from tfopt.rebuild import Rebuild, View
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tfopt.channels import kernels, operations, shapes, values  # noqa: F401 - i
 from tfopt.channels.ids import EXCLUDED, FIRST_OR_LAST, SHAPE, UNSUPPORTED, Ids, Keep, Label, Reason
 from tfopt.channels.rules import by_channel, find, opaque
 from tfopt.errors import ModelRefused, unknown_name
-from tfopt.fixes.rebuild import View, check_names, graph_of, nodes_of
+from tfopt.rebuild import View, check_names, graph_of, nodes_of
 
 
 @dataclass(frozen=True, eq=False)

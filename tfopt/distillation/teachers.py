@@ -31,6 +31,7 @@ def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
     own: the study's model, which takes images as `spec` says.
     """
     from tfopt import models
+    from tfopt.convert import check_weights
 
     if not settings.teachers:
         return [Loaded(own.name, own, spec)]
@@ -38,6 +39,7 @@ def load(settings: Distillation, own, spec: InputSpec) -> list[Loaded]:
     for teacher in settings.teachers:
         try:
             loaded = models.load(teacher.path, input_spec=teacher.input_spec)
+            check_weights(loaded.model)
         except Problem as problem:
             raise ModelRefused(f"Teacher {teacher.path} cannot be used: {problem}") from problem
         note = models.assumption(loaded).removeprefix("warning: ")

@@ -20,9 +20,9 @@ from tfopt.errors import InputError, unknown_name
 from tfopt.fixes import activations, convolutions, entry, spatial
 from tfopt.fixes.check import TOLERANCE, largest_difference, probe_of, random_pixels
 from tfopt.fixes.plan import Fix
-from tfopt.fixes.rebuild import Rebuild, View, check_names
 from tfopt.modelfiles import first_line
 from tfopt.models import LoadedModel, check_classifier
+from tfopt.rebuild import Rebuild, View, check_names
 
 __all__ = ["ALL", "FIXES", "TOLERANCE", "Fix", "Fixed", "apply_fixes", "chosen", "fix_loaded"]
 

@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 from tfopt.fixes.plan import Fix, Plan
-from tfopt.fixes.rebuild import KERNELS, View
+from tfopt.rebuild import KERNELS, View
 
 _OPERATIONS = {
     "HardSilu": "hard_silu", "HardSigmoid": "hard_sigmoid", "LeakyRelu": "leaky_relu", "Relu6": "relu6",

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from mobile_bench.inputs import InputSpec
-from tfopt.fixes.rebuild import Rebuild, View, graph_of, nodes_of
 from tfopt.graph import flat_layers
+from tfopt.rebuild import Rebuild, View, graph_of, nodes_of
 
 #: Of the range of the outputs: float32 rounding through a deep network stays below it.
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from tfopt.fixes.plan import Fix, Plan
-from tfopt.fixes.rebuild import KERNELS, View
+from tfopt.rebuild import KERNELS, View
 
 _LAST = "channels_last"
 

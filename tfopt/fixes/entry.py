@@ -10,7 +10,7 @@ from keras import ops
 
 from mobile_bench.inputs import SCALINGS, InputSpec
 from tfopt.fixes.plan import Fix, Plan
-from tfopt.fixes.rebuild import View, graph_of
+from tfopt.rebuild import View, graph_of
 
 _FIRST = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 Affine = tuple[np.ndarray, np.ndarray]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import keras
 
 from mobile_bench.inputs import InputSpec
-from tfopt.fixes.rebuild import Change, View
+from tfopt.rebuild import Change, View
 
 
 @dataclass

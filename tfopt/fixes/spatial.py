@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from tfopt.fixes.plan import Fix, Plan
-from tfopt.fixes.rebuild import View
+from tfopt.rebuild import View
 
 _LAST = "channels_last"
 

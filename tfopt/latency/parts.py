@@ -17,8 +17,8 @@ import keras
 import numpy as np
 
 from tfopt.channels.dependencies import Dependencies, analyze
-from tfopt.fixes.rebuild import View, graph_of
 from tfopt.latency.micro import LayerSpec
+from tfopt.rebuild import View, graph_of
 
 kinds = keras.layers
 #: kind -> the settings that a kernel's time depends on, and the one that says how many channels come out ('' where

@@ -47,8 +47,8 @@ def cheapest(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: (candidate.macs, candidate.parameters))
 
 
-def under_macs(layers: Sequence[Factorable], methods: Callable, budget: float) -> Choice:
-    """The candidates whose layers together take at most `budget` MACs and lose least.
+def under_macs(layers: Sequence[Factorable], methods: Callable, share: float, others: float, whole: float) -> Choice:
+    """The candidates that lose least, where these layers and the `others` take at most that share of the model's MACs.
 
     What layers lose is taken as -log(1 - error), so that the product of what each keeps is largest, which follows the
     accuracy before fine-tuning well (Kim et al. 2019, Efficient Neural Network Compression, arXiv:1811.12781, eq. 6).
@@ -60,8 +60,9 @@ def under_macs(layers: Sequence[Factorable], methods: Callable, budget: float) -
             candidate for method in methods(layer) for candidate in layer.ladder(method) if candidate.macs < layer.macs
         ]
         groups.append(found)
-        options.append([Option(_lost(c), layer.macs if c is None else c.macs) for c in found])
-    picked = [group[index] for group, index in zip(groups, choose(options, budget, unit=" MACs"))]
+        options.append([Option(_lost(c), (layer.macs if c is None else c.macs) / whole) for c in found])
+    options.append([Option(0.0, others / whole)])
+    picked = [group[index] for group, index in zip(groups, choose(options, share, unit=" of the model's MACs"))]
     return Choice({candidate.layer: candidate for candidate in picked if candidate})
 
 

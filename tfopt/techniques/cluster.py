@@ -15,7 +15,7 @@ import numpy as np
 from mobile_bench.records import Skip, StepReport
 from tfopt.errors import InputError, ModelRefused, TrainingError, unknown_name
 from tfopt.kept import MOST_CLUSTERS, distinct
-from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.technique import Context, OptimizedModel, Property, Technique, names_of, register
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class Cluster(Technique):
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         if self.initialization not in INITIALIZATIONS:
             raise unknown_name("initialization", str(self.initialization), INITIALIZATIONS)
-        if not isinstance(self.layers, dict):
+        if not isinstance(self.layers, dict) or not all(isinstance(key, str) for key in self.layers):
             raise InputError(
                 "layers is not a table of numbers of clusters", received=repr(self.layers), allowed="{LAYER: CLUSTERS}"
             )
@@ -69,6 +69,7 @@ class Cluster(Technique):
     def apply(self, optimized: OptimizedModel, context: Context) -> tuple[OptimizedModel, StepReport]:
         from tfopt.graph import count_macs, count_parameters
         from tfopt.tfmot import client
+        from tfopt.tfmot import kernels as choice
 
         started = time.monotonic()
         if Property.FAKE_QUANT in optimized.properties:
@@ -80,17 +81,22 @@ class Cluster(Technique):
         wanted = {kernel.key: self._number(kernel, sparse) for kernel in kernels}
         # A kernel of no more weights than clusters has no more values either, whatever it learns.
         job = {key: list(number) for key, number in wanted.items() if number[0] > 1}
+        every = choice.choose(optimized.model)[0] if sparse else []
         trained = client.train(
-            "cluster", optimized, context, self.train, kernels=job, initialization=self.initialization
-        )
+            "cluster", optimized, context, self.train, kernels=job, keep=[kernel.key for kernel in every],
+            initialization=self.initialization,
+        )  # fmt: skip
+        held = [kernel for kernel in every if kernel.key in trained.result["held"]]
         for kernel in kernels:
             _check(kernel, trained.after[kernel.key], wanted[kernel.key])
+        for kernel in held:  # of layers left out
+            _check(kernel, trained.after[kernel.key], (1, True))
         counts: dict[str, int] = {}
         for kernel in kernels:
             counts[kernel.layer] = max(distinct(trained.after[kernel.key]), counts.get(kernel.layer, 0))
         properties: dict = {"clusters": max(counts.values()), "layer_clusters": counts}
         if sparse:
-            arrays = [trained.after[kernel.key] for kernel in kernels]
+            arrays = [trained.after[key] for key in dict.fromkeys(kernel.key for kernel in (*kernels, *held))]
             zeros = sum(int(np.sum(array == 0)) for array in arrays)
             properties |= {"sparsity": zeros / sum(array.size for array in arrays), "zeros": zeros}
         result = OptimizedModel(trained.model, optimized.spec, optimized.properties | self.adds)

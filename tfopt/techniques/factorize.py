@@ -7,6 +7,7 @@ where it is cheaper by count or, if asked, where it is measured faster or smalle
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mobile_bench.records import Skip, StepReport
 from tfopt.errors import InputError, ModelRefused, unknown_name
-from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.technique import Context, OptimizedModel, Property, Technique, names_of, register
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Factorize(Technique):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-3))
 
     def __post_init__(self):
-        object.__setattr__(self, "exclude", _names("exclude", self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         for name, known in (("method", METHODS), ("keep", KEEP), ("scheme", ("float32", "int8"))):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
@@ -134,16 +135,16 @@ class Factorize(Technique):
 
         from tfopt import training
         from tfopt.distillation.riding import riding
-        from tfopt.graph import count_macs, count_parameters, rewrite
+        from tfopt.graph import count_macs, count_parameters, flat_layers, rewrite
 
         started = time.monotonic()
         model, spec = optimized.model, optimized.spec
         choice, skipped = self.plan(optimized, context)
         chains = {name: candidate.parts for name, candidate in choice.candidates.items()}
         thinner = rewrite(model, {name: [part.make(keras) for part in parts] for name, parts in chains.items()})
-        for parts in chains.values():
-            for part in parts:
-                thinner.get_layer(part.name).set_weights(part.weights)
+        made = {layer.name: layer for layer in flat_layers(thinner)}
+        for part in itertools.chain.from_iterable(chains.values()):
+            made[part.name].set_weights(part.weights)
         training.recalibrate(thinner, context.data["train"], spec, keras=keras)
         with riding(self.train, thinner, context, spec) as ride:
             report = training.fit(
@@ -278,10 +279,11 @@ class Factorize(Technique):
         # A rank above the maximum is refused here, by the layer's name.
         choice = search.Choice({layer.name: self._at_own_rank(layer) for layer in fixed})
         if self.macs is not None:
-            others = count_macs(model) - sum(layer.macs for layer in layers)
+            whole = count_macs(model)
+            others = whole - sum(layer.macs for layer in layers)
             others += sum(candidate.macs for candidate in choice.candidates.values())
             others += sum(layer.macs for layer in layers if layer not in fixed and layer not in free)
-            found = search.under_macs(free, self._methods, self.macs * count_macs(model) - others)
+            found = search.under_macs(free, self._methods, self.macs, others, whole)
         elif self.latency is not None:
             found = search.under_latency(free, self._methods, self.latency, place, folder, tell)
         else:
@@ -363,13 +365,6 @@ class Factorize(Technique):
 
 def _rank(candidate: Candidate) -> int | list[int]:
     return candidate.ranks[0] if len(candidate.ranks) == 1 else list(candidate.ranks)
-
-
-def _names(name: str, value) -> tuple[str, ...]:
-    value = (value,) if isinstance(value, str) else value
-    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
-        raise InputError(f"{name} is no list of layers", received=repr(value), allowed="names and patterns")
-    return tuple(value)
 
 
 def _is_number(value) -> bool:

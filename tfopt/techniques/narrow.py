@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mobile_bench.records import Skip, StepReport
 from tfopt.channels.limits import DEFAULT_RATIO, IMPORTANCES, SCOPES, check_latency, check_ratio
 from tfopt.errors import InputError, ModelRefused, unknown_name
-from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.technique import Context, OptimizedModel, Property, Technique, names_of, register
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -72,11 +72,7 @@ class Narrow(Technique):
 
     def __post_init__(self):
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else value
-            if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
-                raise InputError(f"{name} is no list of layers", received=repr(value), allowed="names and patterns")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, names_of(name, getattr(self, name)))
         for name, known in (("importance", IMPORTANCES), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise unknown_name(name, str(getattr(self, name)), known)
@@ -89,7 +85,7 @@ class Narrow(Technique):
         if self.ratio is None and self.macs is None and not self._timed:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         check_ratio(self.ratio or 0.0, allowed="above 0, below 1")
-        if not isinstance(self.layers, dict):
+        if not isinstance(self.layers, dict) or not all(isinstance(key, str) for key in self.layers):
             raise InputError("layers is not a table of ratios", received=repr(self.layers), allowed="{LAYER: RATIO}")
         for layer, ratio in self.layers.items():
             check_ratio(ratio, f"The ratio of {layer}")

@@ -18,7 +18,7 @@ import numpy as np
 
 from mobile_bench.records import Skip, StepReport
 from tfopt.errors import InputError, ModelRefused, TrainingError, unknown_name
-from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.technique import Context, OptimizedModel, Property, Technique, names_of, register
 from tfopt.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ POOLS = ("average", "max")
 POLICIES = ("xnnpack",)
 #: With one threshold for all, no layer loses more than this; a kernel without weights would cut the network in two.
 MOST_OF_A_LAYER = 0.98
-
 
 _SPARSITIES = "above 0, below 1, or sensitivity"
 
@@ -79,7 +78,7 @@ class Prune(Technique):
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         choices = {"schedule": SCHEDULES, "scope": SCOPES, "pool": POOLS, "policy": ("", *POLICIES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -87,7 +86,7 @@ class Prune(Technique):
         if isinstance(self.sparsity, str) and self.sparsity != SENSITIVITY:
             raise InputError("sparsity is out of range", received=repr(self.sparsity), allowed=_SPARSITIES)
         self._check_pattern()
-        if not isinstance(self.layers, dict):
+        if not isinstance(self.layers, dict) or not all(isinstance(key, str) for key in self.layers):
             raise InputError(
                 "layers is not a table of sparsities", received=repr(self.layers), allowed="{LAYER: SPARSITY}"
             )

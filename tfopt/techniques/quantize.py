@@ -16,7 +16,7 @@ import numpy as np
 from mobile_bench.records import Skip, StepReport
 from tfopt.errors import InputError, ModelRefused, TrainingError
 from tfopt.kept import distinct, is_clustered
-from tfopt.technique import Context, OptimizedModel, Property, Technique, register
+from tfopt.technique import Context, OptimizedModel, Property, Technique, names_of, register
 from tfopt.training import TrainConfig
 
 QUANTIZED_FILE = "quantized.npz"
@@ -47,7 +47,7 @@ class QuantizeAware(Technique):
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         if not isinstance(self.strict, bool):
             raise InputError("strict is neither true nor false", received=repr(self.strict))
 
@@ -74,6 +74,7 @@ class QuantizeAware(Technique):
             foresight.check(foresight.foresee(optimized.model, optimized.spec, self.exclude), self.exclude)
         trained = client.train(
             "quantize", optimized, context, self.train, keep_zeros=sparse, keep_clusters=clustered,
+            keep=[kernel.key for kernel in kernels.choose(optimized.model)[0]] if sparse or clustered else [],
             quantized=str(quantized.resolve()), exclude=list(left_out),
         )  # fmt: skip
         properties = _zeros_kept(trained) if sparse else {}

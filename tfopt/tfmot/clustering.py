@@ -7,6 +7,8 @@ wrapper takes them like any layer that names its weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import tensorflow as tf
 import tf_keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import CentroidInitialization
@@ -47,6 +49,10 @@ class Clusterer:
         self._kernels, self._initialization = kernels, INITIALIZATIONS[initialization]
         self._wrappers: list[tuple[str, ClusterWeights]] = []
         self.model, self._variables = build(graph, weights, wrap=self._wrap)
+
+    def others(self, kernels: Iterable[str]) -> dict[str, tf.Variable]:
+        """Of these weights, those that are not clustered here."""
+        return {name: self._variables[name] for name in kernels if name not in self._kernels}
 
     def weights(self) -> Weights:
         found = values(self._variables)

@@ -8,6 +8,7 @@ neutral graph, not by TFMOT's pattern matcher, which refuses whatever it has no 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,10 @@ class FakeQuantized:
         for wrapper in self.wrappers:
             if wrapper.layer.name in frozen:
                 wrapper._trainable_weights.clear()  # where the wrapper puts the kernel even of a frozen layer
+
+    def others(self, kernels: Iterable[str]) -> dict[str, tf.Variable]:
+        """Of these weights, those that nothing here keeps zeros or clusters of."""
+        return {name: self._variables[name] for name in kernels if name not in self.kept}
 
     def weights(self) -> Weights:
         for quantizer in self._preserving:

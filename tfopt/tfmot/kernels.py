@@ -98,7 +98,10 @@ def choose(
 
 
 def left_out(model: keras.Model, exclude: Sequence[str]) -> tuple[str, ...]:
-    """The nodes with kernels that fit one of the names, patterns or types; InputError for one that none fits."""
+    """The nodes with kernels that fit one of the names, patterns or types.
+
+    Raises InputError for one that none fits, ModelRefused where no kernel is left.
+    """
     graph, _ = bridge.describe(model)
     types = _types(model)
     check_names(exclude, graph, types)
@@ -113,6 +116,11 @@ def left_out(model: keras.Model, exclude: Sequence[str]) -> tuple[str, ...]:
                 allowed=", ".join(node.source for node in graph.nodes if node.kind in KERNELS),
             )  # fmt: skip
         found.update((node.name, node.source) for node in own)
+    if len(found) == sum(node.kind in KERNELS for node in graph.nodes):
+        raise ModelRefused(
+            "Every layer with a kernel is left out of training for int8", received=", ".join(exclude),
+            next_step="Name fewer, or leave qat out of the recipe",
+        )  # fmt: skip
     return tuple(found)
 
 

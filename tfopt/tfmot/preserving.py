@@ -11,8 +11,11 @@ channels use about equally many centroids gets centroids for each channel, so th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import tensorflow as tf
+import tf_keras
 from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
 from tensorflow_model_optimization.python.core.quantization.keras import quantizers
 
@@ -79,3 +82,30 @@ class PreservingQuantizer(quantizers.Quantizer):
         largest = tf.reduce_max(tf.abs(kernel))
         weights["min_var"].assign(tf.fill(tf.shape(weights["min_var"]), -largest))
         weights["max_var"].assign(tf.fill(tf.shape(weights["max_var"]), largest))
+
+
+class Holding(tf_keras.callbacks.Callback):
+    """For kernels that no wrapper looks after, such as those of layers left out: zeros stay zero while the rest learns,
+    and a kernel of few values stays as it is. `held`: the names of those that have something to keep.
+    """
+
+    def __init__(self, kernels: Mapping[str, tf.Variable], *, zeros: bool, clusters: bool):
+        super().__init__()
+        self.held: list[str] = []
+        self._fixed: list[tuple[tf.Variable, np.ndarray]] = []
+        self._masked: list[tuple[tf.Variable, tf.Tensor]] = []
+        for name, variable in kernels.items():
+            values = variable.numpy()
+            if clusters and is_clustered(values):
+                self._fixed.append((variable, values))
+            elif zeros and np.any(values == 0):
+                self._masked.append((variable, tf.constant((values != 0).astype(values.dtype))))
+            else:
+                continue
+            self.held.append(name)
+
+    def on_train_batch_end(self, batch, logs=None):
+        for variable, values in self._fixed:
+            variable.assign(values)
+        for variable, mask in self._masked:
+            variable.assign(variable * mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -115,8 +116,9 @@ class Foreign(tf_keras.layers.Layer):
 
     def __init__(self, layer: dict, module: str = "", path=(), **kwargs):
         super().__init__(**kwargs)
-        self.config = {"layer": layer, "module": module, "path": list(path)}
-        self.inner = _foreign(self.config)
+        # As text: tf_keras would put wrappers that follow changes into a dictionary, which is the graph's own.
+        self._settings = json.dumps({"layer": layer, "module": module, "path": list(path)})
+        self.inner = _foreign(json.loads(self._settings))
 
     def build(self, input_shape):
         if not self.inner.built:
@@ -137,7 +139,7 @@ class Foreign(tf_keras.layers.Layer):
         return outputs
 
     def get_config(self):
-        return {**super().get_config(), **self.config}
+        return {**super().get_config(), **json.loads(self._settings)}
 
 
 def _foreign(config: dict):
@@ -150,19 +152,12 @@ def _foreign(config: dict):
     sys.path += [place for place in config["path"] if place not in sys.path]
     try:
         importlib.import_module(config["module"])
-        return keras.saving.deserialize_keras_object(_thawed(config["layer"]))
+        return keras.saving.deserialize_keras_object(config["layer"])
     except Exception as error:  # whatever a user's module does
         raise ModelRefused(
             "The class of a layer cannot be loaded in another process", received=f"{config['module']} ({error})",
             next_step="Put it into a module that can be imported by itself",
         ) from error  # fmt: skip
-
-
-def _thawed(value):
-    """Tuples of a frozen configuration back to lists, as Keras writes them."""
-    if isinstance(value, dict):
-        return {key: _thawed(part) for key, part in value.items()}
-    return [_thawed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 _OWN = {

@@ -70,17 +70,20 @@ def prune(job: dict, emit) -> dict:
 
 def cluster(job: dict, emit) -> dict:
     from tfopt.tfmot.clustering import Clusterer
+    from tfopt.tfmot.preserving import Holding
 
     graph, weights = _model(job)
     config = TrainConfig.from_dict(job["train"])
     clusterer = Clusterer(graph, weights, job["kernels"], job["initialization"])
-    report = _fit(clusterer.model, graph, _split(job["splits"]["train"]), job, config, emit)
-    return {"training": report, "probe": _finish(job, graph, clusterer.weights())}
+    holding = Holding(clusterer.others(job["keep"]), zeros=True, clusters=False)
+    report = _fit(clusterer.model, graph, _split(job["splits"]["train"]), job, config, emit, callbacks=[holding])
+    return {"training": report, "probe": _finish(job, graph, clusterer.weights()), "held": holding.held}
 
 
 def quantize(job: dict, emit) -> dict:
     from tfopt.tfmot import norms
     from tfopt.tfmot.fakequant import FakeQuantized
+    from tfopt.tfmot.preserving import Holding
     from tfopt.tfmot.rounding import unfolded
 
     graph, weights = _model(job)
@@ -88,14 +91,17 @@ def quantize(job: dict, emit) -> dict:
     whole = dataclasses.replace(whole, floats=tuple(job.get("exclude", ())))
     config = TrainConfig.from_dict(job["train"])
     train, spec = _split(job["splits"]["train"]), InputSpec.from_dict(job["spec"])
-    quantized = FakeQuantized(whole, own, keep_zeros=job["keep_zeros"], keep_clusters=job.get("keep_clusters", False))
+    zeros, clusters = job["keep_zeros"], job["keep_clusters"]
+    quantized = FakeQuantized(whole, own, keep_zeros=zeros, keep_clusters=clusters)
+    holding = Holding(quantized.others(job["keep"]), zeros=zeros, clusters=clusters)
     some = train.balanced(_CALIBRATION_BATCHES * 64)
     quantized.calibrate((images for images, _ in some.batches(spec, 64)), spec)
-    report = _fit(quantized.model, whole, train, job, config, emit)
+    report = _fit(quantized.model, whole, train, job, config, emit, callbacks=[holding])
     quantized.save(Path(job["quantized"]))
     probe = _finish(job, graph, norms.back(replaced, weights, quantized.weights()))
     return {
-        "training": report, "probe": probe, "kept": quantized.kept, "float": [node.source for node in unfolded(whole)],
+        "training": report, "probe": probe, "kept": [*quantized.kept, *holding.held],
+        "float": [node.source for node in unfolded(whole)],
         "norms": [node.source for node in replaced],
         "quantized": sorted({whole.node(w.layer.name).source for w in quantized.wrappers}),
     }  # fmt: skip
