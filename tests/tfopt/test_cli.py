@@ -94,7 +94,7 @@ def test_an_interrupted_study_says_what_it_keeps(trained_file, tmp_path):
     for line in child.stderr:
         heard.append(line)
         if "loading" in line:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(signal.SIGTERM)
     assert child.wait(120) == 130
     assert "keeps what is finished" in " ".join("".join(heard).split())
 
