@@ -127,7 +127,8 @@ class Rebuild:
         graph = graph_of(model)
         for tensor in graph.inputs:
             shape = (self._batch or tensor.shape[0], *self.input_shape(tensor))
-            self._values[id(tensor)] = keras.Input(batch_shape=shape, dtype=tensor.dtype, name=tensor.name)
+            name = tensor._keras_history.operation.name
+            self._values[id(tensor)] = keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name)
         for node in nodes_of(graph):
             change = self._changes.get(id(node))
             made = change(self, node) if change else self.call(node)
