@@ -143,13 +143,31 @@ def _files() -> dict[str, resources.abc.Traversable]:
     return {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
-def _parse(text: str, origin: str) -> Recipe:
+def _values(text: str, origin: str):
+    """What the YAML says. Of a key that stands twice YAML takes the last, and the first would be lost silently."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen: dict = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and seen.setdefault((key.tag, key.value), key) is not key:
+                    first = seen[key.tag, key.value].start_mark.line + 1
+                    raise RecipeError(
+                        "A key stands twice in the recipe", received=f"{origin}: {key.value!r} in line {first} and "
+                        f"in line {key.start_mark.line + 1}", allowed="each key once; a step that comes twice is two "
+                        "lines of the list", next_step="Remove one of them",
+                    )  # fmt: skip
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise RecipeError("The recipe is not YAML", received=f"{origin} ({' '.join(str(error).split())})") from error
+
+
+def _parse(text: str, origin: str) -> Recipe:
+    values = _values(text, origin)
     if isinstance(values, dict) and isinstance(values.get("name"), (int, float)):  # bool among them: 'name: on'
         raise RecipeError(
             "The recipe's name is not text", received=f"{origin}: {values['name']!r}", allowed="name: my_recipe",

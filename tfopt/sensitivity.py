@@ -85,7 +85,8 @@ def analyze(
     """Accuracy with each kernel alone pruned by magnitude to each level; the model itself stays as it is.
 
     images: at most so many of the split, as many of each class; None for all. exclude: layers by name, pattern or
-    type. only: the kernels' keys that matter, None for all. Raises InputError for levels outside (0, 1).
+    type. only: the kernels' keys that matter, None for all. Raises InputError for levels outside (0, 1) and images of
+    one class.
     """
     from tfopt import training
     from tfopt.data.splits import Split
@@ -98,6 +99,12 @@ def analyze(
     if int(split.labels.max()) >= classes:
         raise InputError(
             "A label has no output in the model", received=f"label {split.labels.max()}", allowed=f"0 to {classes - 1}"
+        )
+    if len(np.unique(split.labels)) < 2:
+        raise InputError(
+            "The images are all of one class: a model that always names it would lose nothing",
+            received=f"{len(split)} images of class {split.labels[0]}",
+            allowed="images of two classes at least",
         )
     chosen, _ = kernels.choose(model, exclude)
     kernels.check_any(chosen, model, exclude, "pruned")

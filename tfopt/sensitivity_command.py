@@ -60,6 +60,7 @@ def command(
     with console.status(f"reading {escape(data)}") as status:
         found = data_sets.load(data)
         loaded = models.load(model, input_spec=input_spec or None, trust=trust)
+        models.check_classes(loaded, found.class_names)
         result = analyze(
             loaded.model, found["validation"], loaded.spec, levels=level or LEVELS, images=images,
             exclude=exclude or (),

@@ -20,6 +20,7 @@ from tfopt import attest, convert, kept, residual, steps
 from tfopt.errors import ConversionError, Problem
 from tfopt.plan import STEPS_FOLDER, Event, ModelSource, OnEvent, Plan, now, variant_key
 from tfopt.recipe import Recipe
+from tfopt.schemes import parse
 from tfopt.technique import Property
 
 #: A file that agrees less often with its own Keras model is warned of.
@@ -179,6 +180,11 @@ class Workshop:
             if found_kept["not_found"]:
                 names = ", ".join(found_kept["not_found"])
                 warnings += (f"Kernels not found in the file, so their zeros and values are not checked: {names}",)
+        if converted.difference is not None and not converted.within_tolerance:
+            warnings += (
+                f"Outputs are up to {converted.difference:.1%} of their range from Keras's on {converted.images} "
+                f"images; {converted.scheme} tolerates {parse(converted.scheme).tolerance:.1%}",
+            )
         if converted.scheme.startswith("int8"):
             from tfopt.tfmot import client
 

@@ -201,3 +201,15 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments, message, tmp_path):
     assert message in plain
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").rglob("*.tflite"))
+
+
+def test_advice_of_tensorflow_does_not_reach_the_terminal(run_python):
+    code = (
+        "{}import tensorflow as tf\n"
+        "number = tf.function(lambda x: x)\n"
+        "for n in range(12): number(n)\n"
+    )  # fmt: skip
+    loud = run_python("-c", code.format(""))
+    quiet = run_python("-c", code.format("from tfopt.quiet import native_chatter_to_log as q; q()\n"))
+    assert loud.returncode == quiet.returncode == 0
+    assert "retracing" in loud.stderr and not quiet.stderr

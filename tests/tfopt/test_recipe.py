@@ -93,6 +93,11 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
         ("name: a\nschemes: []\n", "has no schemes"),
         ("name: a\nsteps: [qat]\nschemes: [float32]\n", "trains for int8 and exports something else"),
         ("name: [", "is not YAML"),
+        (
+            "name: a\nsteps:\n  - prune:\n      sparsity: 0.5\n      sparsity: 0.8\n",
+            "'sparsity' in line 4 and in line 5",
+        ),
+        ("name: a\nsteps: []\nname: b\n", "'name' in line 1 and in line 3"),
     ],
 )
 def test_bad_recipe_is_one_clear_error(tmp_path, text, message):

@@ -47,6 +47,12 @@ def test_levels_that_are_no_sparsities(trained, digits, spec, levels):
         sensitivity.analyze(trained.model, digits["validation"], spec, levels=levels)
 
 
+def test_images_of_one_class_prove_nothing(trained, digits, spec):
+    split = digits["validation"]
+    with pytest.raises(InputError, match=r"all of one class.*of class 3"):
+        sensitivity.analyze(trained.model, split.subset(np.flatnonzero(split.labels == 3)), spec)
+
+
 def test_the_command_prints_one_object_and_draws(trained_file, tmp_path):
     picture = tmp_path / "layers.svg"
     done = subprocess.run(

@@ -16,7 +16,7 @@ import tfopt
 from mobile_bench import interrupts, store
 from mobile_bench.errors import Problem
 from mobile_bench.records import Target
-from tfopt import commands, models, plan, steps
+from tfopt import commands, models, plan, schemes, steps
 
 RECIPE = """
 name: small
@@ -154,16 +154,18 @@ def test_a_failing_recipe_is_a_row_with_its_reason_and_the_others_go_on(trained_
     assert not hidden, "work folders are left behind"
 
 
-def test_optimize_takes_a_model_in_memory(trained, digits, tmp_path):
-    variants = tfopt.optimize(
-        trained.model,
-        digits,
-        tfopt.recipe.Recipe("plain", (), ("float32",)),
-        out=tmp_path / "o",
-        input_spec="scaling=signed",
+def test_optimize_takes_a_model_in_memory_and_warns_of_a_file_that_is_far_from_it(
+    trained, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(schemes._TOLERANCE, "float16", 1e-9)
+    recipe = tfopt.recipe.Recipe("plain", (), ("float32", "float16"))
+    near, far = tfopt.optimize(trained.model, digits, recipe, out=tmp_path / "o", input_spec="scaling=signed")
+    assert near.variant.name == "plain-float32" and near.quality().top1 > 0.8 and not near.measurements
+    assert not near.variant.warnings
+    (warning,) = far.variant.warnings
+    assert re.fullmatch(
+        r"Outputs are up to 0\.\d% of their range from Keras's on 32 images; float16 tolerates 0\.0%", warning
     )
-    (entry,) = variants
-    assert entry.variant.name == "plain-float32" and entry.quality().top1 > 0.8 and not entry.measurements
 
 
 @pytest.mark.parametrize(
