@@ -154,10 +154,11 @@ def _values(text: str, origin: str):
                 if isinstance(key, yaml.ScalarNode) and seen.setdefault((key.tag, key.value), key) is not key:
                     first = seen[key.tag, key.value].start_mark.line + 1
                     raise RecipeError(
-                        "A key stands twice in the recipe", received=f"{origin}: {key.value!r} in line {first} and "
-                        f"in line {key.start_mark.line + 1}", allowed="each key once; a step that comes twice is two "
-                        "lines of the list", next_step="Remove one of them",
-                    )  # fmt: skip
+                        "A key stands twice in the recipe",
+                        received=f"{origin}: {key.value!r} in line {first} and again in line {key.start_mark.line + 1}",
+                        allowed="each key once; a step that comes twice is two lines of the list",
+                        next_step="Remove one of them",
+                    )
             return super().construct_mapping(node, deep)
 
     try:

@@ -113,6 +113,10 @@ def test_npz_of_images_and_labels_is_split(tmp_path, digit_arrays):
         (lambda x, y: {"pictures": x, "y_train": y}, "y_train, and not both.*pictures"),
         (lambda x, y: {"pictures": x}, "lacks its images or labels.*pictures"),
         (lambda x, y: {"x_train": x[:6], "y_train": y[:6]}, "No image is left for .* split.*6 images"),
+        (
+            lambda x, y: {"x_train": x, "y_train": y, "x_test": x, "y_test": y},
+            "for the train split.*300 images of train also lie in test",
+        ),
         (lambda x, y: {"x_train": x, "y_train": y.astype(object)}, "cannot be read.*without pickled objects"),
     ],
 )  # fmt: skip

@@ -95,9 +95,9 @@ def test_illegal_chain_fails_by_name(tmp_path, steps, message):
         ("name: [", "is not YAML"),
         (
             "name: a\nsteps:\n  - prune:\n      sparsity: 0.5\n      sparsity: 0.8\n",
-            "'sparsity' in line 4 and in line 5",
+            "'sparsity' in line 4 and again in line 5",
         ),
-        ("name: a\nsteps: []\nname: b\n", "'name' in line 1 and in line 3"),
+        ("name: a\nsteps: []\nname: b\n", "'name' in line 1 and again in line 3"),
     ],
 )
 def test_bad_recipe_is_one_clear_error(tmp_path, text, message):

@@ -270,7 +270,9 @@ def make_splits(
         if not len(split):
             raise DataError(
                 f"No image is left for the {name} split",
-                received=f"{images} images to divide, {len(np.unique(identity))} of them different",
+                received=" ".join(
+                    [f"{images} images to divide, {len(np.unique(identity))} of them different.", *notes]
+                ),
                 allowed="at least some tens of images",
                 next_step="Add images, or say yourself which belong to train, validation and test",
             )
